@@ -1,0 +1,43 @@
+# Everything runs in .venv, which `make setup` builds once and leaves alone until
+# pyproject.toml or constraints.txt change. No target needs anything but Python 3.11+.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.setup-done
+SHELL  := /bin/bash
+
+.PHONY: setup demo demo-quick test test-all check bench clean
+
+setup: $(STAMP)
+
+# torch first and alone: asked for by another package, pip would take the newest build with its CUDA libraries.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "crosslayer needs Python 3.11 or newer; try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+demo: setup
+	$(BIN)/clt demo
+
+demo-quick: setup
+	$(BIN)/clt demo --quick
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+test: setup
+	$(BIN)/pytest -n 2 -m "not slow and not gpu"
+
+test-all: check
+	$(BIN)/pytest
+
+bench: setup
+	@for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist

@@ -1,0 +1,94 @@
+"""The `clt` command: finds the subcommand's module, parses its dataclass, runs its `main`.
+
+Only the chosen command's module is imported, so `clt --help` needs no torch. A command is a module in
+`clt.scripts` with a dataclass `Options` (each field a flag) and a function `main(options)`.
+"""
+
+import difflib
+import importlib
+import os
+import sys
+
+from clt import __version__
+from clt.errors import CLTError
+
+COMMANDS = {
+    "Start here": {
+        "demo": "The whole job on the embedded vision-language model: a report in runs/demo/.",
+    },
+    "Activations": {
+        "generate": "Capture what a host's MLPs read and write, to disk.",
+    },
+    "Transcoders": {
+        "train": "Train a cross-layer transcoder on captured activations.",
+        "evaluate": "Error, explained variance, L0 and dead features on held-out activations.",
+        "fidelity": "Put the transcoder in place of the MLPs and measure how faithful the host stays.",
+    },
+}
+
+HELP = """usage: clt COMMAND [options]        clt COMMAND --help        clt --version
+
+Cross-layer transcoders for language and vision-language models.
+
+{groups}
+
+Flags may be written with - or _. An error prints one message and exits with 2; --debug shows where it came from.
+"""
+
+
+def help_text() -> str:
+    """The command table, grouped."""
+    groups = (
+        f"{title}:\n" + "\n".join(f"  {name:<12} {line}" for name, line in commands.items())
+        for title, commands in COMMANDS.items()
+    )
+    return HELP.format(groups="\n\n".join(groups))
+
+
+def run(name: str, arguments: list[str]) -> None:
+    """Parse the arguments into the command's Options and call its main."""
+    import tyro
+
+    module = importlib.import_module(f"clt.scripts.{name.replace('-', '_')}")
+    module.main(tyro.cli(module.Options, prog=f"clt {name}", description=module.__doc__, args=arguments))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the `clt` command."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        sys.stdout.write(help_text())
+        return
+    if arguments[0] == "--version":
+        sys.stdout.write(f"crosslayer {__version__}\n")
+        return
+    name, rest = arguments[0], arguments[1:]
+    names = [command for commands in COMMANDS.values() for command in commands]
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f" Did you mean `clt {close[0]}`?" if close else ""
+        sys.stderr.write(f"clt: no command {name!r}.{hint} `clt --help` lists them.\n")
+        sys.exit(2)
+    try:
+        run(name, rest)
+    except CLTError as error:
+        if debug:
+            raise
+        sys.stderr.write(f"clt {name}: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\nclt {name}: stopped. The same command goes on from the last saved point.\n")
+        # Worker threads of torch may still hold the interpreter; 130 is what a shell expects after Ctrl-C.
+        sys.exit(130)
+    except OSError as error:
+        if debug:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        sys.stderr.write(f"clt {name}: {os.strerror(error.errno) if error.errno else error}{where}\n")
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

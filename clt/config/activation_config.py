@@ -1,0 +1,92 @@
+"""How activations are captured from a host model and written to disk."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from clt.config.base import Config, require_one_of, require_positive
+from clt.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationConfig(Config):
+    """Host, corpus, what to keep of each token, and the format on disk."""
+
+    model_name: Annotated[str, tyro.conf.arg(aliases=("--model",))]
+    """Hugging Face id or local folder of the host, or `world:NAME` for an embedded one."""
+    dataset_path: Annotated[str, tyro.conf.arg(aliases=("--dataset", "--data"))]
+    """Local .txt, .jsonl or .parquet file or folder, a Hugging Face data set id, or `world:NAME`."""
+    mlp_input_module_path_template: str | None = None
+    """Module path of what is read, with {} for the layer; None: found by structure."""
+    mlp_output_module_path_template: str | None = None
+    """Module path of the MLP output, with {} for the layer; None: found by structure."""
+    model_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type the host runs in; None: as saved."""
+    activation_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Type on disk."""
+    dataset_split: str = "train"
+    """Split of a Hugging Face data set or of a world."""
+    dataset_text_column: str = "text"
+    """Column (or JSONL key) that holds the text."""
+    context_size: int = 128
+    """Tokens per row of packed text."""
+    inference_batch_size: int = 32
+    """Rows per forward pass of the host."""
+    exclude_special_tokens: bool = True
+    """Leave out BOS, EOS and other special tokens."""
+    prepend_bos: bool = True
+    """Start each packed row with BOS if the tokenizer has one."""
+    streaming: bool = True
+    """Stream a Hugging Face data set instead of downloading it first."""
+    dataset_trust_remote_code: bool = False
+    """Let a Hugging Face data set run its own loading code."""
+    cache_path: str | None = None
+    """Cache folder of the Hugging Face data set."""
+    target_total_tokens: int | None = None
+    """Stop after this many tokens; None: the whole corpus."""
+    max_samples: int | None = None
+    """Stop after this many texts or image-text pairs."""
+    held_out_fraction: float = 0.1
+    """Share of the samples whose tokens go to the `held_out` folder instead of `train`; whole samples, never split."""
+    activation_dir: str = "./activations"
+    """Folder under which the data set folder is made."""
+    output_format: Literal["safetensors"] = "safetensors"
+    """Token-contiguous rows in safetensors shards."""
+    chunk_token_threshold: int = 262_144
+    """Tokens per shard."""
+    seed: int = 42
+    """Seed of the shuffle at writing and of the held-out choice."""
+    device: str | None = None
+    """Torch device of the host; None: a GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        owner = "ActivationConfig"
+        require_positive(
+            owner,
+            context_size=self.context_size,
+            inference_batch_size=self.inference_batch_size,
+            target_total_tokens=self.target_total_tokens,
+            max_samples=self.max_samples,
+            chunk_token_threshold=self.chunk_token_threshold,
+        )
+        require_one_of(owner, "activation_dtype", self.activation_dtype, ("float32", "bfloat16", "float16"))
+        if not 0 <= self.held_out_fraction < 1:
+            raise ConfigError(f"{owner}.held_out_fraction = {self.held_out_fraction} must be in [0, 1).")
+        templates = (self.mlp_input_module_path_template, self.mlp_output_module_path_template)
+        if (templates[0] is None) != (templates[1] is None):
+            raise ConfigError(
+                f"{owner}: mlp_input_module_path_template = {templates[0]!r} and mlp_output_module_path_template = "
+                f"{templates[1]!r} must be given together, or neither (then the hookpoints are found by structure)."
+            )
+        for template in templates:
+            if template is not None and "{}" not in template:
+                raise ConfigError(f"{owner}: the template {template!r} needs {{}} where the layer number goes.")
+
+    @classmethod
+    def migrate(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Accept the two template names of the command line."""
+        for short in ("mlp_input", "mlp_output"):
+            if f"{short}_template" in values:
+                values[f"{short}_module_path_template"] = values.pop(f"{short}_template")
+        return values

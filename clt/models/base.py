@@ -1,0 +1,42 @@
+"""What a replacement, an evaluation or an attribution may ask of any transcoder."""
+
+from abc import ABC, abstractmethod
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from clt.config import CLTConfig
+
+
+class BaseTranscoder(nn.Module, ABC):
+    """Reads the residual stream at every layer and predicts MLP outputs; all values in the host's own units."""
+
+    config: CLTConfig
+
+    @abstractmethod
+    def encode_layer(
+        self, layer: int, inputs: Float[Tensor, "token d_model"]
+    ) -> Float[Tensor, "token feature"]:
+        """Feature activations of one layer at inference; they depend on no other token and no other layer."""
+
+    @abstractmethod
+    def encode(self, inputs: Float[Tensor, "layer token d_model"]) -> Float[Tensor, "layer token feature"]:
+        """Feature activations of all layers at inference."""
+
+    @abstractmethod
+    def contributions(
+        self, source: int, features: Float[Tensor, "token feature"]
+    ) -> Float[Tensor, "target token d_model"]:
+        """What one layer's features add to each MLP output of `config.targets_of(source)`, without biases."""
+
+    @abstractmethod
+    def bias(self, target: int) -> Float[Tensor, " d_model"]:
+        """What is added to the MLP output of `target` whatever the features do."""
+
+    @abstractmethod
+    def decode(self, features: Float[Tensor, "layer token feature"]) -> Float[Tensor, "layer token d_model"]:
+        """All MLP outputs: the biases plus the contributions of all sources."""
+
+    def forward(self, inputs: Float[Tensor, "layer token d_model"]) -> Float[Tensor, "layer token d_model"]:
+        """Predicted MLP outputs for what the MLPs read."""
+        return self.decode(self.encode(inputs))

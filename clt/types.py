@@ -1,0 +1,114 @@
+"""The few types everything else is made of.
+
+Axes are spelled the same everywhere: `layer, token, position, feature, d_model, source, target, node`.
+A *token* is one row of a flattened batch; a *position* is a place in one prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Integer, UInt8
+from PIL import Image
+from torch import Tensor
+
+
+class TokenKind(IntEnum):
+    """What a token is made of; stored as one byte per token."""
+
+    TEXT = 0
+    IMAGE = 1
+    SPECIAL = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One thing to show to a host model: a prompt, its images, and (optionally) what it should answer."""
+
+    id: str
+    prompt: str
+    images: tuple[Image.Image | Path, ...] = ()
+    answer: str | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Hookpoint(NamedTuple):
+    """Where one layer is read and where its MLP output leaves, as module paths inside the host."""
+
+    layer: int
+    input_path: str
+    """Module whose value is read, with suffix `.input` or `.output`."""
+    output_path: str
+    """Module whose value is the target, with suffix `.input` or `.output`."""
+
+
+class FeatureId(NamedTuple):
+    """One feature of a transcoder."""
+
+    layer: int
+    feature: int
+
+
+@dataclass(frozen=True)
+class ActivationBatch:
+    """What the host's MLPs read and wrote for some tokens: the one object that flows from host to loss.
+
+    The shapes are checked here, at the door, so nothing inside checks them again.
+    """
+
+    inputs: Float[Tensor, "layer token d_model"]
+    targets: Float[Tensor, "layer token d_model"]
+    kind: UInt8[Tensor, " token"]
+    sample: Integer[Tensor, " token"]
+    position: Integer[Tensor, " token"]
+
+    def __post_init__(self) -> None:
+        if self.inputs.dim() != 3 or self.inputs.shape != self.targets.shape:
+            raise ValueError(
+                f"inputs {tuple(self.inputs.shape)} and targets {tuple(self.targets.shape)} must both be "
+                "[layer, token, d_model]."
+            )
+        for name in ("kind", "sample", "position"):
+            length = len(getattr(self, name))
+            if length != self.n_tokens:
+                raise ValueError(f"{name} has {length} entries for {self.n_tokens} tokens.")
+
+    @property
+    def n_layers(self) -> int:
+        """How many layers were captured."""
+        return self.inputs.shape[0]
+
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens the batch holds."""
+        return self.inputs.shape[1]
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self.inputs.shape[2]
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> ActivationBatch:
+        """The same batch on another device; `dtype` applies to the activations only."""
+        return ActivationBatch(
+            inputs=self.inputs.to(device, dtype),
+            targets=self.targets.to(device, dtype),
+            kind=self.kind.to(device),
+            sample=self.sample.to(device),
+            position=self.position.to(device),
+        )
+
+    def select(self, keep: Tensor) -> ActivationBatch:
+        """The tokens that a boolean mask or a list of indices names, in that order."""
+        return ActivationBatch(
+            inputs=self.inputs[:, keep],
+            targets=self.targets[:, keep],
+            kind=self.kind[keep],
+            sample=self.sample[keep],
+            position=self.position[keep],
+        )
