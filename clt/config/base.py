@@ -3,9 +3,12 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, TypeVar
 
 from clt.errors import ConfigError
+
+# typing.Self would read better, but the shape checker of the tests cannot check it on single methods.
+AnyConfig = TypeVar("AnyConfig", bound="Config")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,7 +24,7 @@ class Config:
         write_text_atomically(Path(path), json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
+    def from_dict(cls: type[AnyConfig], values: dict[str, Any]) -> AnyConfig:
         """Build from JSON values.
 
         Raises:
@@ -45,7 +48,7 @@ class Config:
         return cls(**values)
 
     @classmethod
-    def from_json(cls, path: str | Path) -> Self:
+    def from_json(cls: type[AnyConfig], path: str | Path) -> AnyConfig:
         """Read what `to_json` (or an older version, or a seed project) wrote."""
         path = Path(path)
         try:
@@ -61,7 +64,7 @@ class Config:
         """Turn the spellings of older versions and of the seed projects into today's."""
         return values
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self: AnyConfig, **changes: Any) -> AnyConfig:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
@@ -80,7 +83,7 @@ def require_one_of(owner: str, name: str, value: object, allowed: tuple[object, 
         raise ConfigError(f"{owner}.{name} = {value!r} is not one of {', '.join(map(repr, allowed))}.")
 
 
-def require_positive(owner: str, **values: float | None) -> None:
+def require_positive(owner: str, **values: float | int | None) -> None:
     """Refuse numbers that are zero or below; None means 'not set' and passes."""
     for name, value in values.items():
         if value is not None and value <= 0:

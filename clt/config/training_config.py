@@ -98,9 +98,7 @@ class TrainingConfig(Config):
             sparsity_c=self.sparsity_c,
         )
         require_one_of(owner, "loss_normalisation", self.loss_normalisation, ("variance", "none"))
-        require_one_of(
-            owner, "lr_scheduler", self.lr_scheduler, ("constant", "linear", "cosine", "linear_final20")
-        )
+        require_one_of(owner, "lr_scheduler", self.lr_scheduler, ("constant", "linear", "cosine", "linear_final20"))
         if self.lr_warmup_steps >= self.training_steps and self.lr_warmup_steps > 0:
             raise ConfigError(
                 f"{owner}.lr_warmup_steps = {self.lr_warmup_steps} leaves nothing of training_steps = "

@@ -14,9 +14,7 @@ class BaseTranscoder(nn.Module, ABC):
     config: CLTConfig
 
     @abstractmethod
-    def encode_layer(
-        self, layer: int, inputs: Float[Tensor, "token d_model"]
-    ) -> Float[Tensor, "token feature"]:
+    def encode_layer(self, layer: int, inputs: Float[Tensor, "token d_model"]) -> Float[Tensor, "token feature"]:
         """Feature activations of one layer at inference; they depend on no other token and no other layer."""
 
     @abstractmethod

@@ -1,0 +1,76 @@
+"""From pre-activations to sparse activations: relu, jumprelu, topk, batchtopk.
+
+Sources: Rajamanoharan et al. 2024 (JumpReLU), Gao et al. 2024 (TopK), Bussmann et al. 2024 (BatchTopK),
+Anthropic Circuits Updates, January 2025 (thresholds of JumpReLU, ranking by decoder norm).
+"""
+
+import math
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+class _JumpReLU(torch.autograd.Function):
+    """h where h > theta, else 0, with the straight-through gradient for theta."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, theta: Tensor, bandwidth: float, gradient: str) -> Tensor:
+        ctx.save_for_backward(h, theta)
+        ctx.bandwidth, ctx.gradient = bandwidth, gradient
+        return h * (h > theta)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (grad,) = grads
+        h, theta = ctx.saved_tensors
+        near = (h - theta).abs() < ctx.bandwidth / 2
+        height = theta if ctx.gradient == "theta" else h
+        grad_theta = -(grad * near * height).sum(0) / ctx.bandwidth
+        return grad * (h > theta), grad_theta, None, None
+
+
+def jumprelu(
+    h: Float[Tensor, "token feature"],
+    theta: Float[Tensor, " feature"],
+    bandwidth: float = 2.0,
+    gradient: Literal["theta", "h"] = "theta",
+) -> Float[Tensor, "token feature"]:
+    """h where it exceeds its feature's threshold, else 0.
+
+    The threshold gets the pseudo-gradient -(theta/w) 1[|h - theta| < w/2], which is right in
+    expectation for a kernel of width w; `gradient="h"` is crosslayer-coding's -(h/w) instead.
+
+    Source: Rajamanoharan et al. 2024, section 3.
+    """
+    return _JumpReLU.apply(h, theta, bandwidth, gradient)  # pyright: ignore[reportReturnType]
+
+
+def topk_indices(scores: Float[Tensor, "token feature"], k: int) -> Int[Tensor, "token k"]:
+    """Which k features of each token score highest, in no particular order."""
+    return scores.topk(min(k, scores.shape[1]), dim=1, sorted=False).indices
+
+
+def count_kept(k: float, n_tokens: int, n_candidates: int) -> int:
+    """How many entries a batch of `n_tokens` keeps: k per token on average, never more than there are."""
+    return min(math.ceil(k * n_tokens), n_candidates)
+
+
+def batch_threshold(scores: Float[Tensor, "*any"], n_kept: int) -> Float[Tensor, ""]:
+    """The smallest score that is still kept when the `n_kept` largest of the whole batch are.
+
+    Never below the smallest positive number, so a feature that is off is not kept for lack of others.
+    """
+    flat = scores.reshape(-1)
+    if n_kept <= 0:
+        return torch.full((), torch.inf, dtype=flat.dtype, device=flat.device)
+    kth = flat.topk(n_kept, sorted=False).values.min()
+    return kth.clamp_min(torch.finfo(flat.dtype).tiny)
+
+
+def keep_above(
+    h: Float[Tensor, "token feature"], keep: Bool[Tensor, "token feature"]
+) -> Float[Tensor, "token feature"]:
+    """h where it is kept and positive, else 0; gradients flow through what is kept."""
+    return h.relu() * keep

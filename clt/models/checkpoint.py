@@ -1,0 +1,94 @@
+"""A transcoder on disk: `cfg.json` (what it is) and `clt.safetensors` (its tensors, by parameter name)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from clt import __version__
+from clt.config import CLTConfig
+from clt.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from clt.models.clt import CrossLayerTranscoder
+
+WEIGHTS = "clt.safetensors"
+CONFIG = "cfg.json"
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write all or nothing: a temporary file, flushed to disk, then renamed.
+
+    Raises:
+        CheckpointError: the disk is full or not writable; names the folder and what was needed.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {k: v.detach().contiguous().cpu() for k, v in tensors.items()}, temporary, {"crosslayer": __version__}
+        )
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        raise CheckpointError(
+            f"{path} could not be written ({size / 1e6:,.1f} MB): {error}.\n"
+            "What was saved before is untouched. Free some space or choose another folder, then run again."
+        ) from None
+
+
+def read_tensors(path: Path, device: torch.device | str | None = None) -> dict[str, torch.Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        CheckpointError: the file is missing or cut off.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist. Is {path.parent} the folder of a trained transcoder?")
+    try:
+        return load_file(path, device=str(device or "cpu"))
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} ({path.stat().st_size:,} bytes) is no whole safetensors file: {error}.\n"
+            "It was probably cut off while being copied. Copy it again or use an older checkpoint."
+        ) from None
+
+
+def save_transcoder(transcoder: CrossLayerTranscoder, folder: Path) -> None:
+    """Write `cfg.json` and `clt.safetensors`, each in one step, weights last."""
+    transcoder.config.to_json(folder / CONFIG)
+    save_tensors(dict(transcoder.state_dict()), folder / WEIGHTS)
+
+
+def load_transcoder(
+    cls: type[CrossLayerTranscoder], folder: Path, device: torch.device | str | None
+) -> CrossLayerTranscoder:
+    """Read what `save_transcoder` wrote, checking every name and shape."""
+    try:
+        config = CLTConfig.from_json(folder / CONFIG)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder} is no transcoder: {error}") from None
+    tensors = read_tensors(folder / WEIGHTS, device)
+    transcoder = cls(config, device=device)
+    expected = transcoder.state_dict()
+    wrong = [
+        f"  {name}: {tuple(tensors[name].shape) if name in tensors else 'missing'} in the file, "
+        f"{tuple(expected[name].shape) if name in expected else 'not expected'} by {CONFIG}"
+        for name in sorted(expected.keys() | tensors.keys())
+        if name not in tensors or name not in expected or tensors[name].shape != expected[name].shape
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{folder / WEIGHTS} does not fit {folder / CONFIG}:\n" + "\n".join(wrong[:8]) + "\n"
+            "The two files are probably of different runs."
+        )
+    transcoder.load_state_dict(tensors)
+    return transcoder

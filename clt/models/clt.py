@@ -1,0 +1,310 @@
+"""The cross-layer transcoder: sparse features that read one layer and write to the MLP outputs of later ones.
+
+    h_s = W_enc_s x_s + b_enc_s          a_s = activation(h_s)
+    y_t = b_dec_t + sum over sources s of W_dec_{s->t} a_s     for first_target <= t - s < first_target + n_targets
+
+(Ameisen et al. 2025, "Circuit Tracing", methods.) The decoders of a source lie side by side, `[feature, target,
+d_model]`: a feature's whole effect is one row, so decoding is one product (or one gather) per source, the decoder
+norm is a row norm, and the gradient of a source is complete as soon as its own backward has run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from clt.config import CLTConfig
+from clt.errors import ConfigError
+from clt.models.activations import batch_threshold, count_kept, jumprelu, keep_above, topk_indices
+from clt.models.base import BaseTranscoder
+from clt.models.codes import Codes, DenseCodes, SparseCodes, add_windows
+from clt.models.standardise import ActivationStatistics, fit_scaling
+
+# Share of the old value in the running mean of batchtopk's threshold.
+_THRESHOLD_MEMORY = 0.99
+# Spreads (seed, layer, block) over the seeds of the initial weights.
+_PRIME = 1_000_003
+
+
+@dataclass(frozen=True)
+class TrainingForward:
+    """What one training step computed, in standardised units."""
+
+    reconstruction: Float[Tensor, "token layer d_model"]
+    codes: Sequence[Codes]
+    preactivations: Sequence[Float[Tensor, "token feature"]]
+
+
+class CrossLayerTranscoder(BaseTranscoder):
+    """Encoders of every layer and decoders of every (source, target) pair in the window."""
+
+    def __init__(
+        self, config: CLTConfig, process_group: None = None, device: torch.device | str | None = None, seed: int = 0
+    ) -> None:
+        """Build with random weights (see `initialise`); `process_group` is accepted for crosslayer-coding's sake."""
+        super().__init__()
+        if process_group is not None:
+            raise ConfigError("CrossLayerTranscoder knows no ranks: pass process_group=None.")
+        self.config = config
+        layers, features, width = config.num_layers, config.num_features, config.d_model
+        like = {"device": device, "dtype": getattr(torch, config.clt_dtype or "float32")}
+        self.W_enc = nn.ParameterList(torch.empty(features, width, **like) for _ in range(layers))
+        self.b_enc = nn.ParameterList(torch.zeros(features, **like) for _ in range(layers))
+        self.W_dec = nn.ParameterList(
+            torch.empty(features, len(config.targets_of(source)), width, **like) for source in range(layers)
+        )
+        self.b_dec = nn.Parameter(torch.zeros(layers, width, **like))
+        if config.activation_fn == "jumprelu":
+            start = torch.full((features,), config.jumprelu_threshold, device=device).log()
+            self.log_threshold = nn.ParameterList(start.clone() for _ in range(layers))
+        # Scaling and running values stay in fp32 whatever the weights are in.
+        self.input_shift: Tensor
+        self.input_scale: Tensor
+        self.target_shift: Tensor
+        self.target_scale: Tensor
+        self.target_variance: Tensor
+        self.running_threshold: Tensor
+        for side in ("input", "target"):
+            self.register_buffer(f"{side}_shift", torch.zeros(layers, width, device=device))
+            self.register_buffer(f"{side}_scale", torch.ones(layers, width, device=device))
+        self.register_buffer("target_variance", torch.ones(layers, device=device))
+        self.register_buffer("running_threshold", torch.zeros(layers, device=device))
+        self.initialise(seed)
+
+    # --- set-up -----------------------------------------------------------------------------------------------
+
+    def initialise(self, seed: int) -> None:
+        """Encoders U(±1/sqrt(F)), decoders U(±1/sqrt(L d)) (Ameisen et al. 2025), biases 0."""
+        config = self.config
+        with torch.no_grad():
+            for layer in range(config.num_layers):
+                _uniform(self.W_enc[layer], config.num_features**-0.5, seed, 2 * layer)
+                _uniform(self.W_dec[layer], (config.num_layers * config.d_model) ** -0.5, seed, 2 * layer + 1)
+
+    def fit_standardisation(self, statistics: ActivationStatistics) -> None:
+        """Take scale (and, for mean_std, shift) from the training data; decoder biases start at the targets' mean."""
+        method = self.config.normalization_method
+        with torch.no_grad():
+            for side, mean, std in (
+                ("input", statistics.input_mean, statistics.input_std),
+                ("target", statistics.target_mean, statistics.target_std),
+            ):
+                shift, scale = fit_scaling(mean, std, method)
+                getattr(self, f"{side}_shift").copy_(shift)
+                getattr(self, f"{side}_scale").copy_(scale)
+            self.target_variance.copy_(
+                (statistics.target_std.to(self.target_scale) * self.target_scale).square().sum(1)
+            )
+            mean = statistics.target_mean.to(self.target_shift)
+            self.b_dec.copy_((mean - self.target_shift) * self.target_scale)
+
+    def fit_encoder_bias(self, inputs: Float[Tensor, "layer token d_model"], firing_rate: float) -> None:
+        """Set each encoder bias so that its feature would fire on `firing_rate` of these tokens.
+
+        Features that start silent get no gradient and never wake up; ones that start on everywhere crowd out the
+        others. Source: Anthropic Circuits Updates, January 2025 (initialisation).
+        """
+        with torch.no_grad():
+            for layer in range(self.config.num_layers):
+                x = self.standardise_inputs(layer, inputs[layer]).to(self.W_enc[layer].dtype)
+                h = (x @ self.W_enc[layer].T).float()
+                threshold = torch.quantile(h, 1 - firing_rate, dim=0)
+                self.b_enc[layer].copy_(self.threshold(layer) - threshold)
+
+    # --- pieces -----------------------------------------------------------------------------------------------
+
+    def standardise_inputs(self, layer: int, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
+        """From the host's units to the transcoder's."""
+        return (x.to(self.input_scale.dtype) - self.input_shift[layer]) * self.input_scale[layer]
+
+    def standardise_targets(self, y: Float[Tensor, "token layer d_model"]) -> Float[Tensor, "token layer d_model"]:
+        """From the host's units to the transcoder's."""
+        return (y.to(self.target_scale.dtype) - self.target_shift) * self.target_scale
+
+    def preactivation(self, layer: int, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token feature"]:
+        """h of one layer, from standardised inputs."""
+        return torch.addmm(self.b_enc[layer], x.to(self.W_enc[layer].dtype), self.W_enc[layer].T)
+
+    def threshold(self, layer: int) -> Float[Tensor, " feature"]:
+        """What h must exceed for a feature to fire at inference; 0 for relu and topk."""
+        if self.config.activation_fn == "jumprelu":
+            return self.log_threshold[layer].exp()
+        if self.config.activation_fn == "batchtopk":
+            running = self.running_threshold[layer]
+            if self.config.ranking == "norm":
+                return running / self.decoder_norm(layer).detach().clamp_min(1e-12)
+            return running.expand(self.config.num_features)
+        return torch.zeros_like(self.b_enc[layer])
+
+    def decoder_norm(self, layer: int) -> Float[Tensor, " feature"]:
+        """Length of each feature's decoder over all its targets, in standardised units."""
+        rows = self.W_dec[layer].flatten(1)
+        return torch.linalg.vector_norm(rows, dim=1, dtype=torch.promote_types(rows.dtype, torch.float32))
+
+    def scores(self, layer: int, h: Float[Tensor, "token feature"]) -> Float[Tensor, "token feature"]:
+        """What topk and batchtopk rank by; carries no gradient."""
+        h = h.detach()
+        return h * self.decoder_norm(layer).detach().to(h.dtype) if self.config.ranking == "norm" else h
+
+    # --- training ---------------------------------------------------------------------------------------------
+
+    def forward_training(self, inputs: Float[Tensor, "layer token d_model"], k_factor: float = 1.0) -> TrainingForward:
+        """Encode with the training-time activation and decode, in standardised units.
+
+        Args:
+            inputs: in the host's units.
+            k_factor: how many times the configured k is kept (k-annealing).
+        """
+        layers = range(self.config.num_layers)
+        h = [self.preactivation(layer, self.standardise_inputs(layer, inputs[layer])) for layer in layers]
+        codes = self._activate(h, k_factor)
+        return TrainingForward(self.reconstruct(codes), codes, h)
+
+    def reconstruct(self, codes: Sequence[Codes]) -> Float[Tensor, "token layer d_model"]:
+        """Biases plus every source's contribution to every target, in standardised units."""
+        parts = [code.decode(weight.flatten(1)) for code, weight in zip(codes, self.W_dec, strict=True)]
+        return self.b_dec + add_windows(parts, self.config)
+
+    def _activate(self, h: Sequence[Tensor], k_factor: float) -> Sequence[Codes]:
+        """The training-time non-linearity on all layers."""
+        config = self.config
+        match config.activation_fn:
+            case "relu":
+                return [DenseCodes(x.relu()) for x in h]
+            case "jumprelu":
+                width, gradient = config.jumprelu_bandwidth, config.jumprelu_gradient
+                return [
+                    DenseCodes(jumprelu(x, self.threshold(layer).to(x.dtype), width, gradient))
+                    for layer, x in enumerate(h)
+                ]
+            case "topk":
+                return self._topk(h, k_factor)
+            case "batchtopk":
+                return self._batchtopk(h, k_factor)
+
+    def _topk(self, h: Sequence[Tensor], k_factor: float) -> Sequence[Codes]:
+        config = self.config
+        k = round((config.topk_k or 0) * k_factor)
+        scores = [self.scores(layer, x) for layer, x in enumerate(h)]
+        if config.topk_mode == "global":
+            every = torch.cat(scores, dim=1)
+            k = min(k, every.shape[1])
+            threshold = every.topk(k, dim=1).values[:, -1:].clamp_min(torch.finfo(every.dtype).tiny)
+            return [SparseCodes.from_mask(x.relu(), s >= threshold) for x, s in zip(h, scores, strict=True)]
+        codes = []
+        for x, score in zip(h, scores, strict=True):
+            chosen = topk_indices(score, k)
+            codes.append(SparseCodes.from_topk(x.gather(1, chosen).relu(), chosen, config.num_features))
+        return codes
+
+    def _batchtopk(self, h: Sequence[Tensor], k_factor: float) -> Sequence[Codes]:
+        config = self.config
+        scores = torch.stack([self.scores(layer, x) for layer, x in enumerate(h)])
+        layers, tokens, features = scores.shape
+        k = (config.batchtopk_k or 0) * k_factor
+        if config.batchtopk_mode == "global":
+            cut = batch_threshold(scores, count_kept(k, tokens, scores.numel())).expand(layers)
+        else:
+            kept = count_kept(k, tokens, tokens * features)
+            cut = torch.stack([batch_threshold(score, kept) for score in scores])
+        self._remember(cut)
+        return [SparseCodes.from_mask(x.relu(), s >= c) for x, s, c in zip(h, scores, cut, strict=True)]
+
+    def _remember(self, cut: Float[Tensor, " layer"]) -> None:
+        """Running mean of the threshold, used at inference instead of the batch."""
+        first = self.running_threshold == 0
+        mixed = torch.lerp(cut.to(self.running_threshold), self.running_threshold, _THRESHOLD_MEMORY)
+        self.running_threshold.copy_(torch.where(first, cut.to(mixed), mixed))
+
+    # --- inference, in the host's units -----------------------------------------------------------------------
+
+    def encode_layer(self, layer: int, inputs: Float[Tensor, "token d_model"]) -> Float[Tensor, "token feature"]:
+        """Activations of one layer at inference; batchtopk uses its running threshold, never the batch.
+
+        Raises:
+            ConfigError: topk over all layers together, whose choice needs the layers that come later.
+        """
+        if self.config.activation_fn == "topk" and self.config.topk_mode == "global":
+            raise ConfigError(
+                "topk_mode = 'global' chooses among all layers of a token at once, so one layer alone cannot be "
+                "encoded. Use topk_mode = 'per_layer' or batchtopk, or encode all layers together."
+            )
+        h = self.preactivation(layer, self.standardise_inputs(layer, inputs))
+        if self.config.activation_fn == "topk":
+            chosen = topk_indices(self.scores(layer, h), self.config.topk_k or 0)
+            return torch.zeros_like(h).scatter(1, chosen, h.gather(1, chosen).relu())
+        return keep_above(h, h > self.threshold(layer).to(h.dtype))
+
+    def encode(self, inputs: Float[Tensor, "layer token d_model"]) -> Float[Tensor, "layer token feature"]:
+        """Activations of all layers at inference."""
+        layers = range(self.config.num_layers)
+        if self.config.activation_fn == "topk" and self.config.topk_mode == "global":
+            h = [self.preactivation(layer, self.standardise_inputs(layer, inputs[layer])) for layer in layers]
+            return torch.stack([code.dense() for code in self._topk(h, 1.0)])
+        return torch.stack([self.encode_layer(layer, inputs[layer]) for layer in layers])
+
+    def contributions(
+        self, source: int, features: Float[Tensor, "token feature"]
+    ) -> Float[Tensor, "target token d_model"]:
+        """What one layer's features add to each MLP output of `config.targets_of(source)`, in the host's units."""
+        targets = self.config.targets_of(source)
+        weight = self.W_dec[source]
+        flat = features.to(weight.dtype) @ weight.flatten(1)
+        standard = flat.reshape(len(features), len(targets), self.config.d_model)
+        scaled = standard / self.target_scale[targets.start : targets.stop].to(weight.dtype)
+        return scaled.transpose(0, 1)
+
+    def bias(self, target: int) -> Float[Tensor, " d_model"]:
+        """The decoder bias of one MLP output, in the host's units."""
+        return self.b_dec[target] / self.target_scale[target] + self.target_shift[target]
+
+    def decode(self, features: Float[Tensor, "layer token feature"]) -> Float[Tensor, "layer token d_model"]:
+        """All MLP outputs, in the host's units."""
+        codes = [DenseCodes(features[layer].to(weight.dtype)) for layer, weight in enumerate(self.W_dec)]
+        standard = self.reconstruct(codes)
+        return (standard / self.target_scale + self.target_shift).transpose(0, 1)
+
+    def decoder(self, source: int, target: int) -> Float[Tensor, "feature d_model"]:
+        """W_dec of one (source, target) pair, in the host's units; row f is what feature f writes."""
+        targets = self.config.targets_of(source)
+        if target not in targets:
+            raise ValueError(f"Layer {source} writes to layers {list(targets)}, not to {target}.")
+        return self.W_dec[source][:, target - targets.start] / self.target_scale[target]
+
+    @torch.no_grad()
+    def folded(self) -> CrossLayerTranscoder:
+        """The same function with the standardisation multiplied into the weights (normalization_method = none)."""
+        from clt.models.fold import fold
+
+        return fold(self)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `cfg.json` and `clt.safetensors`."""
+        from clt.models.checkpoint import save_transcoder
+
+        save_transcoder(self, Path(folder))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: torch.device | str | None = None) -> CrossLayerTranscoder:
+        """Read what `save_pretrained` wrote.
+
+        Raises:
+            CheckpointError: a file is missing, cut off, or does not fit `cfg.json`.
+        """
+        from clt.models.checkpoint import load_transcoder
+
+        return load_transcoder(cls, Path(folder), device)
+
+
+def _uniform(weight: Tensor, bound: float, seed: int, stream: int, block: int = 256) -> None:
+    """Fill with U(±bound), each block of features from its own seed, so that shards of a dictionary agree."""
+    for start in range(0, len(weight), block):
+        part = weight[start : start + block]
+        generator = torch.Generator().manual_seed(((seed * _PRIME + stream) * _PRIME + start) % 2**63)
+        values = torch.rand(part.shape, generator=generator) * (2 * bound) - bound
+        part.copy_(values)

@@ -1,0 +1,63 @@
+"""Bringing every layer to one scale, inside the transcoder.
+
+The transcoder owns its scaling, so its weights mean something without a file of statistics beside them, and nothing
+outside (evaluation, replacement, steering, attribution) ever has to undo it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from clt.config.clt_config import NormalizationMethod
+from clt.types import ActivationBatch
+
+# Added to standard deviations so that a constant dimension is not divided by zero (crosslayer-coding's value).
+_EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class ActivationStatistics:
+    """Per-layer, per-dimension mean and standard deviation of what the MLPs read and wrote."""
+
+    input_mean: Float[Tensor, "layer d_model"]
+    input_std: Float[Tensor, "layer d_model"]
+    target_mean: Float[Tensor, "layer d_model"]
+    target_std: Float[Tensor, "layer d_model"]
+
+    @staticmethod
+    def from_batches(batches: Iterable[ActivationBatch]) -> ActivationStatistics:
+        """Accumulate over batches in float64."""
+        count, sums = 0, [torch.zeros(())] * 4
+        for batch in batches:
+            count += batch.n_tokens
+            inputs, targets = batch.inputs.double(), batch.targets.double()
+            new = (inputs.sum(1), inputs.square().sum(1), targets.sum(1), targets.square().sum(1))
+            sums = [old + added for old, added in zip(sums, new, strict=True)]
+        if count == 0:
+            raise ValueError("No activations to take statistics of: the batches are empty.")
+        means = [total / count for total in sums]
+        input_std = (means[1] - means[0].square()).clamp_min(0).sqrt()
+        target_std = (means[3] - means[2].square()).clamp_min(0).sqrt()
+        return ActivationStatistics(means[0].float(), input_std.float(), means[2].float(), target_std.float())
+
+
+def fit_scaling(
+    mean: Float[Tensor, "layer d_model"], std: Float[Tensor, "layer d_model"], method: NormalizationMethod
+) -> tuple[Float[Tensor, "layer d_model"], Float[Tensor, "layer d_model"]]:
+    """Shift and scale so that (x - shift) * scale is standardised.
+
+    `rms` brings E||x||² to d_model with one scale per layer (Ameisen et al. 2025); `mean_std` gives every dimension
+    mean 0 and variance 1 (crosslayer-coding); `none` leaves the values alone.
+    """
+    if method == "none":
+        return torch.zeros_like(mean), torch.ones_like(mean)
+    if method == "mean_std":
+        return mean, 1 / (std + _EPSILON)
+    mean_square = (mean.square() + std.square()).mean(1, keepdim=True)
+    scale = 1 / (mean_square.sqrt() + _EPSILON)
+    return torch.zeros_like(mean), scale.expand_as(mean).clone()
