@@ -1,0 +1,255 @@
+"""Stores: endless iterators of shuffled batches whose whole state is a few integers."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from clt.config.base import require_positive
+from clt.data.metadata import Metadata
+from clt.data.sampler import Run, RunSampler, SamplingStrategy
+from clt.data.sources import Rows, ShardSource, open_local
+from clt.data.statistics import Statistics
+from clt.errors import DatasetError
+from clt.types import ActivationBatch
+
+
+class BaseActivationStore(ABC):
+    """An endless stream of `ActivationBatch`es."""
+
+    def __iter__(self) -> Iterator[ActivationBatch]:
+        return self
+
+    @abstractmethod
+    def __next__(self) -> ActivationBatch:
+        """The next batch; never raises StopIteration."""
+
+    @property
+    @abstractmethod
+    def n_layers(self) -> int:
+        """Layers per batch."""
+
+    @property
+    @abstractmethod
+    def d_model(self) -> int:
+        """Width of the host's residual stream."""
+
+    @property
+    @abstractmethod
+    def total_tokens(self) -> int | None:
+        """Tokens per epoch; None if the stream has no end."""
+
+    @property
+    @abstractmethod
+    def statistics(self) -> Statistics:
+        """Mean and spread of every dimension."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, int]:
+        """Where the stream is, as integers."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on exactly where `state_dict` was taken."""
+
+
+class ManifestActivationStore(BaseActivationStore):
+    """A store over finished shards, wherever they are.
+
+    Which rows come next is a pure function of (seed, epoch, step). Each epoch delivers every token exactly once, in a
+    new order; batches are mixed across shards, and the last batch of an epoch is smaller unless `drop_last`.
+
+    Args:
+        source: where the rows are.
+        batch_size_tokens: tokens per batch.
+        seed: of the order.
+        dtype: convert the activations; None: as stored (bfloat16 stays bfloat16).
+        device: where the batches go.
+        drop_last: leave out the remainder of an epoch (other tokens each epoch), so that all batches have one size.
+        sampling_strategy: mixed, random_chunk or sequential; see `RunSampler`.
+        run_tokens: neighbouring rows that stay together under `mixed`; 1 is a full shuffle.
+    """
+
+    def __init__(
+        self,
+        source: ShardSource,
+        *,
+        batch_size_tokens: int = 4096,
+        seed: int = 42,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        drop_last: bool = False,
+        sampling_strategy: SamplingStrategy = "mixed",
+        run_tokens: int = 16,
+    ) -> None:
+        require_positive(type(self).__name__, batch_size_tokens=batch_size_tokens, run_tokens=run_tokens)
+        self.source = source
+        self.batch_size_tokens = batch_size_tokens
+        self.seed = seed
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.drop_last = drop_last
+        shard_tokens = [shard.tokens for shard in source.metadata.shards]
+        self._sampler = RunSampler(shard_tokens, batch_size_tokens, seed, sampling_strategy, run_tokens)
+        self._run_tokens = run_tokens
+        self._sampling_strategy = sampling_strategy
+        self._epoch = 0
+        self._step = 0
+        if drop_last and batch_size_tokens > self._sampler.total:
+            raise DatasetError(
+                f"The data set has {self._sampler.total:,} tokens, fewer than one batch of {batch_size_tokens:,}, and "
+                "drop_last leaves out what does not fill a batch. Use a smaller batch or drop_last=False."
+            )
+
+    @property
+    def metadata(self) -> Metadata:
+        """Who made the data set, from what, and how."""
+        return self.source.metadata
+
+    @property
+    def n_layers(self) -> int:
+        return self.metadata.info.num_layers
+
+    @property
+    def d_model(self) -> int:
+        return self.metadata.info.d_model
+
+    @property
+    def total_tokens(self) -> int:
+        return self.metadata.total_tokens
+
+    @property
+    def statistics(self) -> Statistics:
+        return self.source.statistics()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches per epoch."""
+        if self.drop_last:
+            return self.total_tokens // self.batch_size_tokens
+        return self._sampler.steps_per_epoch
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch
+
+    def __next__(self) -> ActivationBatch:
+        batch = self._deliver(self.source.read(self._sampler.batch(self._epoch, self._step)))
+        self._step += 1
+        if self._step >= self.steps_per_epoch:
+            self._epoch, self._step = self._epoch + 1, 0
+        return batch
+
+    def one_pass(self) -> Iterator[ActivationBatch]:
+        """Every token once, in stored order; does not move the endless stream."""
+        pending: list[Run] = []
+        room = self.batch_size_tokens
+        for shard, record in enumerate(self.metadata.shards):
+            start = 0
+            while start < record.tokens:
+                stop = min(record.tokens, start + room)
+                pending.append(Run(shard, start, stop))
+                room -= stop - start
+                start = stop
+                if room == 0:
+                    yield self._deliver(self.source.read(pending))
+                    pending, room = [], self.batch_size_tokens
+        if pending:
+            yield self._deliver(self.source.read(pending))
+
+    def verify(self) -> None:
+        """Check every shard against its checksum.
+
+        Raises:
+            DatasetError: naming each file that differs.
+        """
+        self.source.verify()
+
+    def require_host(self, model_name: str, num_layers: int, d_model: int) -> None:
+        """Refuse activations of another host.
+
+        Raises:
+            DatasetError: the shape or the name differs.
+        """
+        info = self.metadata.info
+        found = (info.model_name, info.num_layers, info.d_model)
+        if found != (model_name, num_layers, d_model):
+            raise DatasetError(
+                f"These activations are of {found[0]} ({found[1]} layers x {found[2]}), but {model_name} "
+                f"({num_layers} layers x {d_model}) was asked for. Generate them from that model."
+            )
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self._epoch, "step": self._step, **self._fixed()}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on exactly where `state_dict` was taken.
+
+        Raises:
+            DatasetError: the state is of another data set, batch size or seed, whose order is another.
+        """
+        for name, value in self._fixed().items():
+            if state.get(name) != value:
+                raise DatasetError(
+                    f"The saved position was taken with {name} = {state.get(name)}, but this store has {value}, so the "
+                    "order of its rows is another one. Use the same data set and options, or start without the state."
+                )
+        self._epoch, self._step = int(state["epoch"]), int(state["step"])
+
+    def _fixed(self) -> dict[str, int]:
+        return {
+            "seed": self.seed,
+            "batch_size_tokens": self.batch_size_tokens,
+            "total_tokens": self.total_tokens,
+            "run_tokens": self._run_tokens,
+            "sampling_strategy": get_args(SamplingStrategy).index(self._sampling_strategy),
+            "steps_per_epoch": self.steps_per_epoch,
+        }
+
+    def _deliver(self, stored: Rows) -> ActivationBatch:
+        rows = stored.rows.to(self.device, self.dtype)
+        return ActivationBatch(
+            inputs=rows[:, 0].transpose(0, 1),
+            targets=rows[:, 1].transpose(0, 1),
+            kind=stored.kind.to(self.device),
+            sample=stored.sample.to(self.device),
+            position=stored.position.to(self.device),
+        )
+
+
+class LocalActivationStore(ManifestActivationStore):
+    """A store over a folder that `clt generate` wrote (or its parent, whose `train` part is then read).
+
+    Batches are read through a memory map into memory that is used again once nobody holds the batch.
+
+    Args:
+        path: the folder.
+        options: see `ManifestActivationStore`.
+
+    Raises:
+        DatasetError: the folder is missing, unfinished or damaged.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        batch_size_tokens: int = 4096,
+        seed: int = 42,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        drop_last: bool = False,
+        sampling_strategy: SamplingStrategy = "mixed",
+        run_tokens: int = 16,
+    ) -> None:
+        super().__init__(
+            open_local(path),
+            batch_size_tokens=batch_size_tokens,
+            seed=seed,
+            dtype=dtype,
+            device=device,
+            drop_last=drop_last,
+            sampling_strategy=sampling_strategy,
+            run_tokens=run_tokens,
+        )

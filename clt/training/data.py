@@ -1,0 +1,5 @@
+"""A porch: the stores under the name by which users of crosslayer-coding know them."""
+
+from clt.data.stores import BaseActivationStore, LocalActivationStore, ManifestActivationStore
+
+__all__ = ["BaseActivationStore", "LocalActivationStore", "ManifestActivationStore"]
