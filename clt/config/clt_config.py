@@ -1,17 +1,18 @@
 """What a cross-layer transcoder is: everything that is saved in `cfg.json` beside the weights."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from clt.config.base import Config, require_one_of, require_positive
 from clt.errors import ConfigError
 
 ActivationFn = Literal["relu", "jumprelu", "topk", "batchtopk"]
 ScopeMode = Literal["per_layer", "global"]
-NormalizationMethod = Literal["rms", "mean_std", "none"]
+NormalizationMethod = Literal["rms", "mean_std", "none", "auto", "estimated_mean_std"]
 
-# Spellings of crosslayer-coding (both versions) for how activations are standardised. `auto` meant
-# "mean_std if the data set has statistics", which ours always has.
+# crosslayer-coding's other names for mean_std. `auto` meant "mean_std if the data set has statistics"; ours always has.
 _OLD_NORMALIZATION = {"auto": "mean_std", "estimated_mean_std": "mean_std"}
 
 
@@ -21,16 +22,16 @@ class CLTConfig(Config):
 
     num_features: int
     """Features per layer."""
-    num_layers: int
+    num_layers: Annotated[int, tyro.conf.Suppress]
     """Layers of the host that are read and written."""
-    d_model: int
+    d_model: Annotated[int, tyro.conf.Suppress]
     """Width of the host's residual stream."""
     model_name: str | None = None
     """The host, for reference."""
     first_target: int = 0
     """Distance from a feature's layer to the first MLP it writes to: 0 its own, 1 the next one."""
     n_targets: int | None = None
-    """How many consecutive MLPs a feature writes to; None: all up to the last layer. (0, 1) is a per-layer transcoder."""
+    """How many consecutive MLPs a feature writes to; None: up to the last. (0, 1) is a per-layer transcoder."""
     activation_fn: ActivationFn = "jumprelu"
     """How pre-activations become sparse activations."""
     jumprelu_threshold: float = 0.1
@@ -44,13 +45,13 @@ class CLTConfig(Config):
     topk_mode: ScopeMode = "per_layer"
     """Whether topk chooses within each layer or over all layers of a token together."""
     batchtopk_k: float | None = None
-    """Features kept per token on average over the batch: per layer, or over all layers if `batchtopk_mode` is global."""
+    """Features kept per token, on average over the batch: per layer, or in all if `batchtopk_mode` is global."""
     batchtopk_mode: ScopeMode = "global"
     """Whether batchtopk chooses within each layer or over all layers together."""
     ranking: Literal["norm", "value"] = "norm"
     """What topk and batchtopk rank by: activation times decoder norm, or the activation alone."""
     normalization_method: NormalizationMethod = "rms"
-    """How the transcoder standardises what it reads and writes: one scale per layer, per-dimension mean and std, or not."""
+    """Standardisation inside the transcoder: one scale per layer, mean and std per dimension, or none."""
     clt_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of the parameters; None is float32."""
     expected_input_dtype: str | None = None
@@ -61,6 +62,8 @@ class CLTConfig(Config):
     """Module path of the MLP output, with {} for the layer; for reference."""
 
     def __post_init__(self) -> None:
+        method = _OLD_NORMALIZATION.get(self.normalization_method, self.normalization_method)
+        object.__setattr__(self, "normalization_method", method)
         require_positive(
             "CLTConfig",
             num_features=self.num_features,
@@ -115,11 +118,3 @@ class CLTConfig(Config):
         """The layers whose features write to layer `target`."""
         last = target - self.first_target
         return range(max(0, last - self.span + 1), max(0, last + 1))
-
-    @classmethod
-    def migrate(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Read crosslayer-coding's spellings of the normalisation."""
-        method = values.get("normalization_method")
-        if method in _OLD_NORMALIZATION:
-            values["normalization_method"] = _OLD_NORMALIZATION[method]
-        return values

@@ -1,7 +1,9 @@
 """How a trained transcoder is evaluated."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from clt.config.base import Config, require_positive
 
@@ -10,9 +12,9 @@ from clt.config.base import Config, require_positive
 class InferenceConfig(Config):
     """A trained transcoder and the held-out activations it is measured on."""
 
-    clt_checkpoint_path: str
+    clt_checkpoint_path: Annotated[str, tyro.conf.arg(aliases=("--clt",))]
     """Folder with `cfg.json` and `clt.safetensors`."""
-    data_path: str
+    data_path: Annotated[str, tyro.conf.arg(aliases=("--data",))]
     """Folder of held-out activations that `clt generate` wrote."""
     eval_batch_size_tokens: int = 4096
     """Tokens per batch."""

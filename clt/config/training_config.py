@@ -1,9 +1,12 @@
 """How a transcoder is trained."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from clt.config.base import Config, require_one_of, require_positive
+from clt.config.clt_config import NormalizationMethod
 from clt.errors import ConfigError
 
 
@@ -35,12 +38,12 @@ class TrainingConfig(Config):
     """Seed of the initial weights and of the order of the data."""
     activation_source: Literal["local_manifest"] = "local_manifest"
     """Where activations come from."""
-    activation_path: str | None = None
+    activation_path: Annotated[str | None, tyro.conf.arg(aliases=("--data",))] = None
     """Folder that `clt generate` wrote (training split)."""
     activation_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Type in which activations arrive from the store."""
-    normalization_method: Literal["rms", "mean_std", "none", "auto"] | None = None
-    """Overrides the transcoder's own choice; "auto" is crosslayer-coding's name for mean_std."""
+    normalization_method: Annotated[NormalizationMethod | None, tyro.conf.Suppress] = None
+    """Overrides CLTConfig.normalization_method; where crosslayer-coding's snippets set it."""
     loss_normalisation: Literal["variance", "none"] = "variance"
     """Divide each target's squared error by that target's variance, or sum the raw errors as the seeds do."""
     sparsity_lambda: float = 1e-3

@@ -168,7 +168,11 @@ class CrossLayerTranscoder(BaseTranscoder):
     def reconstruct(self, codes: Sequence[Codes]) -> Float[Tensor, "token layer d_model"]:
         """Biases plus every source's contribution to every target, in standardised units."""
         parts = [code.decode(weight.flatten(1)) for code, weight in zip(codes, self.W_dec, strict=True)]
-        return self.b_dec + add_windows(parts, self.config)
+        return self.b_dec + self.add_windows(parts)
+
+    def add_windows(self, parts: Sequence[Float[Tensor, "token _"]]) -> Float[Tensor, "token layer d_model"]:
+        """Place each source's output, `[token, target * d_model]`, at the layers it writes to, and sum."""
+        return add_windows(parts, self.config)
 
     def _activate(self, h: Sequence[Tensor], k_factor: float) -> Sequence[Codes]:
         """The training-time non-linearity on all layers."""

@@ -6,7 +6,6 @@ outside (evaluation, replacement, steering, attribution) ever has to undo it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from clt.config.clt_config import NormalizationMethod
-from clt.types import ActivationBatch
 
 # Added to standard deviations so that a constant dimension is not divided by zero (crosslayer-coding's value).
 _EPSILON = 1e-6
@@ -28,22 +26,6 @@ class ActivationStatistics:
     input_std: Float[Tensor, "layer d_model"]
     target_mean: Float[Tensor, "layer d_model"]
     target_std: Float[Tensor, "layer d_model"]
-
-    @staticmethod
-    def from_batches(batches: Iterable[ActivationBatch]) -> ActivationStatistics:
-        """Accumulate over batches in float64."""
-        count, sums = 0, [torch.zeros(())] * 4
-        for batch in batches:
-            count += batch.n_tokens
-            inputs, targets = batch.inputs.double(), batch.targets.double()
-            new = (inputs.sum(1), inputs.square().sum(1), targets.sum(1), targets.square().sum(1))
-            sums = [old + added for old, added in zip(sums, new, strict=True)]
-        if count == 0:
-            raise ValueError("No activations to take statistics of: the batches are empty.")
-        means = [total / count for total in sums]
-        input_std = (means[1] - means[0].square()).clamp_min(0).sqrt()
-        target_std = (means[3] - means[2].square()).clamp_min(0).sqrt()
-        return ActivationStatistics(means[0].float(), input_std.float(), means[2].float(), target_std.float())
 
 
 def fit_scaling(

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Losses, schedules, the trainer and its evaluator."""

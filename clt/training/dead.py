@@ -1,0 +1,28 @@
+"""Which features have been silent for too long, counted in tokens."""
+
+import torch
+from jaxtyping import Bool, Integer
+from torch import Tensor
+
+from clt.models.codes import Codes
+
+
+class DeadFeatureTracker:
+    """Tokens seen since each feature last fired."""
+
+    def __init__(self, num_layers: int, num_features: int, window: int, device: torch.device | str = "cpu") -> None:
+        self.window = window
+        self.silent_for: Integer[Tensor, "layer feature"] = torch.zeros(
+            num_layers, num_features, dtype=torch.int64, device=device
+        )
+
+    def update(self, codes: list[Codes] | tuple[Codes, ...], n_tokens: int) -> None:
+        """Count one batch."""
+        fired = torch.stack([code.fired() for code in codes]) > 0
+        self.silent_for += n_tokens
+        self.silent_for.masked_fill_(fired, 0)
+
+    @property
+    def dead(self) -> Bool[Tensor, "layer feature"]:
+        """Silent for longer than the window."""
+        return self.silent_for > self.window

@@ -1,0 +1,139 @@
+"""What a training step pays for: error, active features, silent features, and what dead ones could have explained.
+
+All are means over tokens, in standardised units; each switch to a seed project's form is named in TrainingConfig.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from clt.config import TrainingConfig
+from clt.models import CrossLayerTranscoder
+from clt.models.clt import TrainingForward
+from clt.training.schedules import sparsity_weight
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The terms of one step, each already weighted; their sum is what is minimised."""
+
+    reconstruction: Float[Tensor, ""]
+    sparsity: Float[Tensor, ""]
+    preactivation: Float[Tensor, ""]
+    auxiliary: Float[Tensor, ""]
+
+    @property
+    def total(self) -> Float[Tensor, ""]:
+        """What is minimised."""
+        return self.reconstruction + self.sparsity + self.preactivation + self.auxiliary
+
+
+def reconstruction_loss(
+    error: Float[Tensor, "token layer d_model"], variance: Float[Tensor, " layer"]
+) -> Float[Tensor, ""]:
+    """Squared error per token over all dimensions, each target divided by its variance, summed over targets.
+
+    With the variance of the whole data set this is the sum of the targets' NMSE.
+    """
+    per_target = error.square().sum(2).mean(0)
+    return (per_target / variance.clamp_min(1e-12)).sum()
+
+
+class LossManager:
+    """The loss of a training step under one TrainingConfig."""
+
+    def __init__(self, config: TrainingConfig) -> None:
+        self.config = config
+
+    def compute(
+        self,
+        model: CrossLayerTranscoder,
+        forward: TrainingForward,
+        inputs: Float[Tensor, "layer token d_model"],
+        targets: Float[Tensor, "token layer d_model"],
+        step: int,
+        dead: Bool[Tensor, "layer feature"],
+    ) -> Losses:
+        """All terms of one step.
+
+        Args:
+            model: the transcoder that made `forward`.
+            forward: its reconstruction, codes and pre-activations.
+            inputs: what the MLPs read, in the host's units (for the auxiliary loss).
+            targets: what they wrote, standardised.
+            step: counted from 0; decides the scheduled weights.
+            dead: features that have been silent for the configured number of tokens.
+        """
+        error = targets - forward.reconstruction.to(targets.dtype)
+        zero = error.new_zeros(())
+        return Losses(
+            self._reconstruction(model, error),
+            self._sparsity(model, forward, step) if self._charges(model) else zero,
+            self._preactivation(model, forward) if model.config.activation_fn == "jumprelu" else zero,
+            self._auxiliary(model, inputs, error.detach(), dead) if self._revives(model) and dead.any() else zero,
+        )
+
+    def _charges(self, model: CrossLayerTranscoder) -> bool:
+        """Whether active features pay: topk's number is fixed, batchtopk's too unless asked for."""
+        fn = model.config.activation_fn
+        paying = fn in ("relu", "jumprelu") or (fn == "batchtopk" and self.config.apply_sparsity_penalty_to_batchtopk)
+        return paying and self.config.sparsity_lambda > 0
+
+    def _revives(self, model: CrossLayerTranscoder) -> bool:
+        return self.config.aux_loss_factor is not None and model.config.activation_fn in ("topk", "batchtopk")
+
+    def _reconstruction(self, model: CrossLayerTranscoder, error: Tensor) -> Tensor:
+        if self.config.loss_normalisation == "variance":
+            return reconstruction_loss(error, model.target_variance)
+        return (error / model.target_scale).square().mean(dim=(0, 2)).sum()
+
+    def _sparsity(self, model: CrossLayerTranscoder, forward: TrainingForward, step: int) -> Tensor:
+        """λ Σ tanh(c · norm · activation): about λ for each feature that is clearly on (Ameisen et al. 2025).
+
+        The decoder norm, through which gradient flows, closes a loophole: halving an activation while doubling its
+        decoder changes neither the output nor the price.
+        """
+        price = sum_of(
+            code.price(model.decoder_norm(layer), self.config.sparsity_c) for layer, code in enumerate(forward.codes)
+        )
+        if self.config.sparsity_reduction == "mean_tokens":
+            price = price / len(forward.reconstruction)
+        return sparsity_weight(self.config, step) * price
+
+    def _preactivation(self, model: CrossLayerTranscoder, forward: TrainingForward) -> Tensor:
+        """Pulls silent features towards their threshold (Anthropic, January 2025), so that they do not stay dead."""
+        layers = range(model.config.num_layers)
+        h = forward.preactivations
+        if self.config.preactivation_form == "negative":
+            return self.config.preactivation_coef * sum_of((-h[layer]).relu().mean() for layer in layers) / len(h)
+        cost = sum_of(
+            ((model.threshold(layer) - h[layer]).relu() * model.decoder_norm(layer)).sum() for layer in layers
+        )
+        return self.config.preactivation_coef * cost / len(h[0])
+
+    def _auxiliary(self, model: CrossLayerTranscoder, inputs: Tensor, error: Tensor, dead: Tensor) -> Tensor:
+        """AuxK: the dead features' best k reconstruct what is left over, on all targets (Gao et al. 2024, A.2)."""
+        config = model.config
+        wanted = self.config.aux_k or min(512, max(1, config.d_model // 2))
+        parts = []
+        for layer in range(config.num_layers):
+            names = dead[layer].nonzero()[:, 0]
+            weight = model.W_dec[layer][names].flatten(1)
+            h = torch.addmm(
+                model.b_enc[layer][names],
+                model.standardise_inputs(layer, inputs[layer]).to(weight.dtype),
+                model.W_enc[layer][names].T,
+            )
+            values, chosen = h.topk(min(wanted, len(names)), dim=1, sorted=False)
+            active = torch.zeros_like(h).scatter(1, chosen, values.relu())
+            parts.append(active @ weight)
+        left_over = error - model.add_windows(parts).to(error.dtype)
+        return (self.config.aux_loss_factor or 0.0) * self._reconstruction(model, left_over)
+
+
+def sum_of(terms: Iterable[Tensor]) -> Tensor:
+    """Sum of scalar tensors as a tensor (Python's `sum` would start from an int)."""
+    return torch.stack(list(terms)).sum()

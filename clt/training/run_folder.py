@@ -1,0 +1,148 @@
+"""A run on disk: what was asked for, the newest checkpoints, and the result.
+
+run.json         options, versions, commit, data fingerprint; `finished` once the result is there
+metrics.jsonl    one line per logged step
+checkpoints/step_00001000/   cfg.json, clt.safetensors, optimizer.safetensors, trainer.json
+cfg.json, clt.safetensors    the result
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clt import __version__
+from clt.config.base import write_text_atomically
+from clt.errors import CheckpointError, ConfigError
+
+RUN = "run.json"
+METRICS = "metrics.jsonl"
+
+
+def versions() -> dict[str, str]:
+    """What computed this, for the record."""
+    return {
+        "crosslayer": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
+
+
+def commit() -> str | None:
+    """The commit of the source tree this runs from, if it is a git checkout."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None  # no git, or no commit yet: nothing to record
+    return answer.stdout.strip()
+
+
+class RunFolder:
+    """The files of one run."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    # --- what was asked for -----------------------------------------------------------------------------------
+
+    def record(self) -> dict[str, Any] | None:
+        """The content of run.json, or None for a new folder."""
+        file = self.path / RUN
+        if not file.exists():
+            return None
+        try:
+            return json.loads(file.read_text())
+        except json.JSONDecodeError as error:
+            raise CheckpointError(
+                f"{file} is not JSON (line {error.lineno}). Delete the folder to start over."
+            ) from None
+
+    def begin(self, options: dict[str, Any], data: dict[str, Any]) -> None:
+        """Write run.json, or check that the run here was asked for in the same way.
+
+        Raises:
+            ConfigError: the folder holds a run with other options or on other data; names each difference.
+        """
+        new = {"options": options, "data": data}
+        old = self.record()
+        if old is None:
+            self._write({**new, "versions": versions(), "commit": commit(), "finished": False})
+            return
+        differences = list(_differences({key: old.get(key) for key in new}, json.loads(json.dumps(new))))
+        if differences:
+            raise ConfigError(
+                f"{self.path} already holds a run with other options:\n" + "\n".join(differences[:10]) + "\n"
+                "Choose another output folder, delete this one, or repeat the old options to go on with it."
+            )
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Mark the run as finished and drop its checkpoints' optimiser states."""
+        self._write({**(self.record() or {}), "finished": True, "summary": summary})
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the result is there."""
+        record = self.record()
+        return bool(record and record["finished"])
+
+    def _write(self, record: dict[str, Any]) -> None:
+        write_text_atomically(self.path / RUN, json.dumps(record, indent=2) + "\n")
+
+    # --- checkpoints ------------------------------------------------------------------------------------------
+
+    def checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return sorted((self.path / "checkpoints").glob("step_*"))
+
+    def new_checkpoint(self, step: int) -> PendingCheckpoint:
+        """A checkpoint folder that appears only when everything is in it."""
+        return PendingCheckpoint(self.path / "checkpoints" / f"step_{step:08d}")
+
+    def keep_newest(self, count: int) -> None:
+        """Delete all but the newest `count` checkpoints."""
+        for old in self.checkpoints()[:-count]:
+            shutil.rmtree(old)
+
+
+class PendingCheckpoint:
+    """`with` this, write files into the folder it gives; on success it is renamed into place."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._temporary = path.with_name(f".{path.name}.tmp")
+
+    def __enter__(self) -> Path:
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        self._temporary.mkdir(parents=True)
+        return self._temporary
+
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        if failure is None:
+            shutil.rmtree(self._path, ignore_errors=True)
+            self._temporary.rename(self._path)
+        else:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Where two JSON values differ, one line each."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            line
+            for key in sorted(old.keys() | new.keys())
+            for line in _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
+        ]
+    return [] if old == new else [f"  {path}: {old!r} there, {new!r} asked for now"]
