@@ -17,9 +17,9 @@ class ActivationConfig(Config):
     """Hugging Face id or local folder of the host, or `world:NAME` for an embedded one."""
     dataset_path: Annotated[str, tyro.conf.arg(aliases=("--dataset", "--data"))]
     """Local .txt, .jsonl or .parquet file or folder, a Hugging Face data set id, or `world:NAME`."""
-    mlp_input_module_path_template: str | None = None
+    mlp_input_module_path_template: Annotated[str | None, tyro.conf.arg(aliases=("--mlp-input-template",))] = None
     """Module path of what is read, with {} for the layer; None: found by structure."""
-    mlp_output_module_path_template: str | None = None
+    mlp_output_module_path_template: Annotated[str | None, tyro.conf.arg(aliases=("--mlp-output-template",))] = None
     """Module path of the MLP output, with {} for the layer; None: found by structure."""
     model_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type the host runs in; None: as saved."""
@@ -30,7 +30,9 @@ class ActivationConfig(Config):
     dataset_text_column: str = "text"
     """Column (or JSONL key) that holds the text."""
     context_size: int = 128
-    """Tokens per row of packed text."""
+    """Tokens per row of text."""
+    pack: bool = True
+    """Join texts end to end into full rows; False: one text per row, cut at context_size."""
     inference_batch_size: int = 32
     """Rows per forward pass of the host."""
     exclude_special_tokens: bool = True
@@ -39,8 +41,12 @@ class ActivationConfig(Config):
     """Start each packed row with BOS if the tokenizer has one."""
     streaming: bool = True
     """Stream a Hugging Face data set instead of downloading it first."""
-    dataset_trust_remote_code: bool = False
-    """Let a Hugging Face data set run its own loading code."""
+    dataset_trust_remote_code: Annotated[bool, tyro.conf.arg(aliases=("--trust-remote-code",))] = False
+    """Accepted for old command lines; loading code of data sets is never run."""
+    image_prompt: str = "Describe this image."
+    """Prompt for pictures that come without one."""
+    on_bad_sample: Literal["stop", "skip"] = "stop"
+    """What to do with a sample that lacks its text or its picture; skipped ones are listed in `skipped.jsonl`."""
     cache_path: str | None = None
     """Cache folder of the Hugging Face data set."""
     target_total_tokens: int | None = None

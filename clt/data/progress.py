@@ -63,7 +63,7 @@ def require_same_plan(where: Path, saved: dict[str, Any], wanted: dict[str, Any]
     Raises:
         DatasetError: naming every entry that differs.
     """
-    wanted = json.loads(json.dumps(wanted))
+    saved, wanted = _flat(saved), _flat(wanted)
     names = sorted(set(saved) | set(wanted))
     different = [
         f"  {name}: {saved.get(name)!r} there, {wanted.get(name)!r} now"
@@ -72,7 +72,14 @@ def require_same_plan(where: Path, saved: dict[str, Any], wanted: dict[str, Any]
     ]
     if different:
         raise DatasetError(
-            f"{where} was begun with other options:\n"
+            f"{where} was made with other options:\n"
             + "\n".join(different)
             + "\nUse the same options, choose another folder, or delete this one."
         )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in values.items():
+        flat.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
+    return flat

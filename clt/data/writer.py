@@ -1,6 +1,7 @@
 """Writes activations to shards: shuffled, checksummed, each file whole or absent, resumable after every shard."""
 
 import dataclasses
+import json
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -154,8 +155,7 @@ class ActivationWriter:
     def _plan(self) -> dict[str, Any]:
         plan = dataclasses.asdict(self.info)
         plan.update(dtype=self.layout.dtype, shard_tokens=self.shard_tokens, seed=self.seed, format=ROWS_FORMAT)
-        plan.update({f"provenance.{name}": value for name, value in plan.pop("provenance").items()})
-        return plan
+        return json.loads(json.dumps(plan))
 
     def _begin(self, resume: bool) -> Progress:
         for leftover in self.folder.glob(".*.tmp"):

@@ -1,0 +1,196 @@
+"""Shows a corpus to a host and writes what its MLPs read and wrote."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from tqdm import tqdm
+
+from clt.activation_generation.batches import SPLITS, BatchPlanner, RowBatch, Split
+from clt.activation_generation.corpus import dataset_folder, host_path, is_world, model_folder, samples_of
+from clt.activation_generation.packing import TextPacker, Tokenizer
+from clt.config import ActivationConfig
+from clt.data.files import write_file
+from clt.data.metadata import METADATA_FILE, DatasetInfo, read_json
+from clt.data.progress import require_same_plan
+from clt.data.writer import ActivationWriter
+from clt.errors import DatasetError
+from clt.lm import HostInputs, ModelAdapter
+from clt.types import ActivationBatch, TokenKind
+
+WHERE_ONLY = ("activation_dir", "device", "cache_path", "dataset_trust_remote_code", "streaming")
+"""Options that say where or how to work, not what comes out."""
+
+
+class ActivationGenerator:
+    """One data set of activations.
+
+    `run()` may be interrupted at any moment; running it again goes on from the last finished shard and gives the same
+    rows as a run without interruption. A finished data set is left alone.
+
+    Args:
+        config: host, corpus, format and place.
+        adapter: the host, if it is already loaded.
+    """
+
+    def __init__(self, config: ActivationConfig, adapter: ModelAdapter | None = None) -> None:
+        self.config = config
+        self.folder = (
+            Path(config.activation_dir)
+            / model_folder(config.model_name)
+            / dataset_folder(config.dataset_path, config.dataset_split)
+        )
+        self._adapter = adapter
+        self._skipped: list[dict[str, str]] = []
+
+    @property
+    def splits(self) -> dict[Split, Path]:
+        """The folder of each split; without held-out samples everything lies in the data set's own folder."""
+        if self.config.held_out_fraction == 0:
+            return {"train": self.folder}
+        return {split: self.folder / split for split in SPLITS}
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether there is nothing left to do.
+
+        Raises:
+            DatasetError: there is a finished data set made with other options.
+        """
+        finished = [folder for folder in self.splits.values() if (folder / METADATA_FILE).exists()]
+        for folder in finished:
+            saved = read_json(folder)["provenance"].get("options", {})
+            require_same_plan(folder, _comparable(saved), _comparable(self._options()))
+        return len(finished) == len(self.splits)
+
+    def run(self) -> Path:
+        """Write the data set and return its folder.
+
+        Raises:
+            DatasetError: other options than before, a corpus that cannot be read, a full disk.
+            HostModelError: the host cannot be loaded or hooked.
+        """
+        if not self.is_finished:
+            adapter = self._adapter or self._load_host()
+            with ExitStack() as stack:
+                writers: dict[Split, ActivationWriter] = {
+                    split: stack.enter_context(self._writer(split, folder, adapter))
+                    for split, folder in self.splits.items()
+                    if not (folder / METADATA_FILE).exists()
+                }
+                with torch.no_grad():
+                    self._write(adapter, writers)
+                self._require_tokens(writers)
+            self._list_skipped()
+        return self.folder
+
+    def _load_host(self) -> ModelAdapter:
+        config = self.config
+        return ModelAdapter.from_pretrained(
+            host_path(config.model_name),
+            dtype=config.model_dtype,
+            device=config.device,
+            input_template=config.mlp_input_module_path_template,
+            output_template=config.mlp_output_module_path_template,
+        )
+
+    def _writer(self, split: Split, folder: Path, adapter: ModelAdapter) -> ActivationWriter:
+        config = self.config
+        info = DatasetInfo(
+            model_name=config.model_name,
+            dataset=config.dataset_path,
+            split=split,
+            num_layers=adapter.n_layers,
+            d_model=adapter.d_model,
+            hookpoints=adapter.hookpoints,
+            provenance=self._provenance(adapter),
+        )
+        return ActivationWriter(
+            folder,
+            info,
+            dtype=config.activation_dtype,
+            shard_tokens=config.chunk_token_threshold,
+            seed=config.seed,
+            resume=True,
+        )
+
+    def _options(self) -> dict[str, Any]:
+        options = self.config.to_dict()
+        return {name: value for name, value in options.items() if name not in WHERE_ONLY}
+
+    def _provenance(self, adapter: ModelAdapter) -> dict[str, Any]:
+        path = Path(self.config.dataset_path)
+        return {
+            "options": self._options(),
+            "model_class": type(adapter.model).__name__,
+            "model_revision": getattr(adapter.model.config, "_commit_hash", None),
+            "model_dtype": str(adapter.dtype).removeprefix("torch."),
+            "tokenizer": type(adapter.tokenizer).__name__,
+            "corpus_bytes": path.stat().st_size if path.is_file() else None,
+        }
+
+    def _batches(self, adapter: ModelAdapter) -> Iterator[RowBatch]:
+        config = self.config
+        packers: dict[Split, TextPacker] | None = None
+        if not is_world(config.dataset_path):
+            tokenizer = cast(Tokenizer, adapter.tokenizer)
+            packers = {split: TextPacker(tokenizer, config.context_size, config.prepend_bos) for split in SPLITS}
+        planner = BatchPlanner(packers, config.inference_batch_size, config.pack)
+        on_bad_sample = self._skip if config.on_bad_sample == "skip" else None
+        return planner(samples_of(config, adapter, on_bad_sample))
+
+    def _write(self, adapter: ModelAdapter, writers: dict[Split, ActivationWriter]) -> None:
+        limit = self.config.target_total_tokens
+        total = 0
+        # disable=None: no bar where nobody looks (a file, a pipe).
+        with tqdm(total=limit, unit=" tokens", unit_scale=True, file=sys.stderr, disable=None) as bar:
+            for rows in self._batches(adapter):
+                inputs = rows.prepare(adapter)
+                n_tokens = self._count(inputs)
+                if limit is not None:
+                    n_tokens = min(n_tokens, limit - total)
+                writer = writers.get(rows.split)
+                if writer is not None and rows.mark >= writer.resume_mark and n_tokens > 0:
+                    writer.append(self._capture(adapter, inputs, rows, n_tokens), mark=rows.mark)
+                total += n_tokens
+                bar.update(n_tokens)
+                if limit is not None and total >= limit:
+                    return
+
+    def _capture(self, adapter: ModelAdapter, inputs: HostInputs, rows: RowBatch, n_tokens: int) -> ActivationBatch:
+        batch = adapter.capture(inputs, sample_ids=torch.tensor(rows.numbers))
+        if self.config.exclude_special_tokens:
+            batch = batch.select(torch.nonzero(batch.kind != TokenKind.SPECIAL)[:n_tokens, 0])
+        return batch if batch.n_tokens == n_tokens else batch.select(torch.arange(n_tokens))
+
+    def _count(self, inputs: HostInputs) -> int:
+        keep = inputs.is_token
+        if self.config.exclude_special_tokens:
+            keep = keep & (inputs.kind != TokenKind.SPECIAL)
+        return int(keep.sum())
+
+    def _require_tokens(self, writers: dict[Split, ActivationWriter]) -> None:
+        for split, writer in writers.items():
+            if writer.total_tokens == 0:
+                raise DatasetError(
+                    f"The corpus {self.config.dataset_path} gave no tokens for {split}: it is too small for "
+                    f"held_out_fraction = {self.config.held_out_fraction}.\n"
+                    "Give more samples, another --held-out-fraction, or --held-out-fraction 0 for none."
+                )
+
+    def _skip(self, name: str, error: DatasetError) -> None:
+        self._skipped.append({"sample": name, "reason": str(error)})
+
+    def _list_skipped(self) -> None:
+        if self._skipped:
+            lines = "".join(json.dumps(entry) + "\n" for entry in self._skipped)
+            write_file(self.folder / "skipped.jsonl", lines.encode())
+
+
+def _comparable(options: dict[str, Any]) -> dict[str, Any]:
+    """What must agree with a finished data set; the rows per forward pass need not."""
+    return {name: value for name, value in options.items() if name != "inference_batch_size"}
