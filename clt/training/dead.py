@@ -1,5 +1,7 @@
 """Which features have been silent for too long, counted in tokens."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Integer
 from torch import Tensor
@@ -16,7 +18,7 @@ class DeadFeatureTracker:
             num_layers, num_features, dtype=torch.int64, device=device
         )
 
-    def update(self, codes: list[Codes] | tuple[Codes, ...], n_tokens: int) -> None:
+    def update(self, codes: Sequence[Codes], n_tokens: int) -> None:
         """Count one batch."""
         fired = torch.stack([code.fired() for code in codes]) > 0
         self.silent_for += n_tokens

@@ -30,7 +30,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
     """The optimiser's state as `<parameter>/<moment>` tensors."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"{names[parameter]}/{key}": value
         for parameter, state in optimizer.state.items()

@@ -74,6 +74,8 @@ class CLTTrainer:
         self.step = 0
         self.tokens_seen = 0
         """Tokens trained on so far, counting repeats."""
+        self.seconds = 0.0
+        """Time spent in training steps so far, over all sessions of this run."""
         self.folder.begin(
             {"clt": clt_config.to_dict(), "training": training_config.to_dict()},
             {"fingerprint": data_fingerprint(self.store)},
@@ -140,29 +142,28 @@ class CLTTrainer:
             ProgressTracker(self.config.training_steps, self.step),
             *self._extra_trackers,
         ]
-        started, tokens_before = time.perf_counter(), self.tokens_seen
+        self._clock = time.perf_counter() - self.seconds
         try:
             with Interrupts() as interrupts:
                 while self.step < self.config.training_steps:
-                    self._one_step(trackers, started, tokens_before)
+                    self._one_step(trackers)
                     if interrupts.requested:
                         self.save_checkpoint()
                         raise KeyboardInterrupt
-            seconds = time.perf_counter() - started
             save_transcoder(self.model, self.folder.path)
-            self.folder.finish({"seconds_of_last_session": seconds, "tokens": self.tokens_seen})
+            self.folder.finish({"seconds": self.seconds, "tokens": self.tokens_seen, "steps": self.step})
         finally:
             for tracker in trackers:
                 tracker.close()
         return self.model
 
-    def _one_step(self, trackers: Sequence[Tracker], started: float, tokens_before: int) -> None:
+    def _one_step(self, trackers: Sequence[Tracker]) -> None:
         forward, losses, gradient_norm = self.update(next(self.store))
         config = self.config
+        self.seconds = time.perf_counter() - self._clock
         if self.step % config.log_interval == 0 or self.step == config.training_steps:
             values = self._measure(forward, losses, gradient_norm)
-            elapsed = time.perf_counter() - started
-            values["tokens_per_second"] = (self.tokens_seen - tokens_before) / elapsed
+            values["tokens_per_second"] = self.tokens_seen / self.seconds
             for tracker in trackers:
                 tracker.log(self.step, values)
         if self.held_out is not None and self.step % config.eval_interval == 0:
@@ -276,7 +277,7 @@ class CLTTrainer:
         restore_optimizer(self.optimizer, self.model, moments)
         self.dead.silent_for.copy_(tensors["dead/silent_for"])
         torch.set_rng_state(tensors["rng/torch"])
-        self.step, self.tokens_seen = state["step"], state["tokens_seen"]
+        self.step, self.tokens_seen, self.seconds = state["step"], state["tokens_seen"], state["seconds"]
         self.store.load_state_dict(state["store"])
 
 

@@ -73,7 +73,7 @@ def test_the_seeds_sparsity_is_summed_over_tokens():
 def test_preactivation_penalty_matches_both_formulas():
     model, x, y = model_and_data()
     h = model.forward_training(x).preactivations
-    ours = sum((((model.threshold(s) - h[s]).relu() * model.decoder_norm(s)).sum() for s in range(3))) / 40
+    ours = sum(((model.threshold(s) - h[s]).relu() * model.decoder_norm(s)).sum() for s in range(3)) / 40
     torch.testing.assert_close(losses_of(model, x, y, preactivation_coef=1.0).preactivation, ours)
     seeds = torch.stack([(-h[s]).relu() for s in range(3)]).mean()
     form = losses_of(model, x, y, preactivation_coef=1.0, preactivation_form="negative").preactivation

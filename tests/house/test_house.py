@@ -1,0 +1,94 @@
+"""The rules of the house that a machine can check."""
+
+import ast
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import clt.__main__ as command_line
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = sorted((ROOT / "clt").rglob("*.py"))
+COMMANDS = [name for commands in command_line.COMMANDS.values() for name in commands]
+LONGEST_FILE, LONGEST_FUNCTION = 420, 45
+
+
+def functions_of(path):
+    return [
+        node
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+
+
+def docstring_lines(function):
+    return len((ast.get_docstring(function, clean=False) or "").splitlines())
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_are_small_and_public_ones_say_what_they_mean(path):
+    assert len(path.read_text().splitlines()) <= LONGEST_FILE
+    for function in functions_of(path):
+        length = (function.end_lineno or 0) - function.lineno + 1 - docstring_lines(function)
+        assert length <= LONGEST_FUNCTION, f"{function.name} has {length} lines"
+    assert ast.get_docstring(ast.parse(path.read_text())), "a file opens by saying what it is"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_fails_softly_or_is_left_for_later(path):
+    text = path.read_text()
+    assert not re.search(r"except\s*(Exception|BaseException)?\s*:", text)
+    assert not re.search(r"\b(TODO|FIXME|XXX)\b", text)
+    assert "weights_only=False" not in text
+
+
+def run(*arguments, **options):
+    return subprocess.run([sys.executable, "-m", "clt", *arguments], capture_output=True, text=True, **options)
+
+
+def test_help_lists_every_command_and_loads_no_torch():
+    code = "import sys, clt.__main__ as m; m.main(['--help']); sys.exit('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for name in COMMANDS:
+        assert f"  {name} " in result.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(name):
+    result = run(name, "--help")
+    assert result.returncode == 0, result.stderr
+    assert "options" in result.stdout
+
+
+def test_an_unknown_command_is_answered_with_the_closest_one():
+    result = run("evalute")
+    assert result.returncode == 2
+    assert "Did you mean `clt evaluate`?" in result.stderr
+
+
+def test_an_unknown_flag_is_refused():
+    result = run("train", "--no-such-flag", "1")
+    assert result.returncode == 2
+    assert "--no-such-flag" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_underscores_and_hyphens_are_the_same_flag():
+    for flag in ("--output-dir", "--output_dir"):
+        result = run("train", flag, "nowhere", "--data", "does-not-exist")
+        assert result.returncode == 2
+        assert "does-not-exist" in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def test_the_wheel_holds_the_weights_of_the_worlds(tmp_path):
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    subprocess.run([*command, str(ROOT)], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "clt/worlds/assets/shapes/model.safetensors" in names
+    assert wheel.stat().st_size < 10e6
