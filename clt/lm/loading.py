@@ -61,7 +61,9 @@ def load_host(
         processor = None
         if is_multimodal:
             processor = _opened(name, "processor", AutoProcessor.from_pretrained, revision=revision)
-            tokenizer = processor.tokenizer
+            if not isinstance(processor, ProcessorMixin):
+                raise HostModelError(f"Cannot open the processor of host {name!r}: {_remedy(name, 'processor')}")
+            tokenizer = processor.tokenizer  # pyright: ignore[reportAttributeAccessIssue]
         else:
             tokenizer = _opened(name, "tokenizer", AutoTokenizer.from_pretrained, revision=revision)
         loader = AutoModelForImageTextToText if is_multimodal else AutoModelForCausalLM

@@ -48,8 +48,13 @@ def test_the_type_can_be_chosen(llama_folder):
     assert ModelAdapter.from_pretrained(llama_folder, device="cpu").dtype == torch.float32
 
 
-def test_opening_prints_nothing(llama_folder, capfd):
-    ModelAdapter.from_pretrained(llama_folder, device="cpu").generate(tiny_samples("llama"), max_new_tokens=2)
+@pytest.mark.parametrize("family", ["llama", "llava"])
+def test_opening_and_generating_print_nothing(family, tmp_path, capfd):
+    adapter = tiny_adapter(family)
+    adapter.model.save_pretrained(tmp_path)
+    (adapter.processor or adapter.tokenizer).save_pretrained(tmp_path)
+    capfd.readouterr()
+    ModelAdapter.from_pretrained(tmp_path, device="cpu").generate(tiny_samples(family), max_new_tokens=2)
     assert capfd.readouterr() == ("", "")
 
 
@@ -98,6 +103,14 @@ def test_a_configuration_that_does_not_fit_the_weights_is_refused(llama_folder):
     (llama_folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
     with pytest.raises(HostModelError, match="Cannot open the weights"):
         ModelAdapter.from_pretrained(llama_folder, device="cpu")
+
+
+def test_an_image_host_without_its_processor_is_refused(tmp_path):
+    adapter = tiny_adapter("llava")
+    adapter.model.save_pretrained(tmp_path)
+    adapter.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(HostModelError, match=r"(?s)Cannot open the processor .* holds no readable processor"):
+        ModelAdapter.from_pretrained(tmp_path, device="cpu")
 
 
 def test_a_folder_without_tokenizer_is_refused(llama_folder):
