@@ -14,6 +14,7 @@ from clt.activation_generation.batches import SPLITS, BatchPlanner, RowBatch, Sp
 from clt.activation_generation.corpus import dataset_folder, host_path, is_world, model_folder, samples_of
 from clt.activation_generation.packing import TextPacker, Tokenizer
 from clt.config import ActivationConfig
+from clt.data.codecs import Codec
 from clt.data.files import write_file
 from clt.data.metadata import METADATA_FILE, DatasetInfo, read_json
 from clt.data.progress import require_same_plan
@@ -45,6 +46,7 @@ class ActivationGenerator:
             / dataset_folder(config.dataset_path, config.dataset_split)
         )
         self._adapter = adapter
+        self._codec = Codec(config.output_format, "none" if config.compression == "None" else config.compression)
         self._skipped: list[dict[str, str]] = []
 
     @property
@@ -115,6 +117,7 @@ class ActivationGenerator:
             dtype=config.activation_dtype,
             shard_tokens=config.chunk_token_threshold,
             seed=config.seed,
+            codec=self._codec,
             resume=True,
         )
 

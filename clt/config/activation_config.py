@@ -23,8 +23,8 @@ class ActivationConfig(Config):
     """Module path of the MLP output, with {} for the layer; None: found by structure."""
     model_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type the host runs in; None: as saved."""
-    activation_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Type on disk."""
+    activation_dtype: Literal["float32", "bfloat16", "float16", "int8"] = "bfloat16"
+    """Type on disk; int8 has one scale per token, layer and side, and records its error."""
     dataset_split: str = "train"
     """Split of a Hugging Face data set or of a world."""
     dataset_text_column: str = "text"
@@ -57,8 +57,12 @@ class ActivationConfig(Config):
     """Share of the samples whose tokens go to the `held_out` folder instead of `train`; whole samples, never split."""
     activation_dir: str = "./activations"
     """Folder under which the data set folder is made."""
-    output_format: Literal["safetensors"] = "safetensors"
-    """Token-contiguous rows in safetensors shards."""
+    output_format: Literal["safetensors", "hdf5"] = "safetensors"
+    """Token-contiguous rows in safetensors shards, or crosslayer-coding's HDF5 chunks."""
+    compression: Literal["none", "None", "gzip", "lzf", "lz4"] = "none"
+    """Of HDF5 chunks; every one of them makes random reads tens of times slower."""
+    compute_norm_stats: bool = True
+    """Accepted for old command lines; statistics are always written, because they cost nothing here."""
     chunk_token_threshold: int = 262_144
     """Tokens per shard."""
     seed: int = 42
@@ -76,7 +80,7 @@ class ActivationConfig(Config):
             max_samples=self.max_samples,
             chunk_token_threshold=self.chunk_token_threshold,
         )
-        require_one_of(owner, "activation_dtype", self.activation_dtype, ("float32", "bfloat16", "float16"))
+        require_one_of(owner, "activation_dtype", self.activation_dtype, ("float32", "bfloat16", "float16", "int8"))
         if not 0 <= self.held_out_fraction < 1:
             raise ConfigError(f"{owner}.held_out_fraction = {self.held_out_fraction} must be in [0, 1).")
         templates = (self.mlp_input_module_path_template, self.mlp_output_module_path_template)

@@ -20,6 +20,7 @@ STATISTICS_FILE = "norm_stats.json"
 INDEX_FILE = "index.bin"
 PROGRESS_FILE = "progress.safetensors"
 ROWS_FORMAT = "crosslayer-rows"
+HDF5_FORMAT = "hdf5"
 FORMAT_VERSION = 1
 
 INDEX_RECORD = np.dtype([("chunk", "<i4"), ("tokens", "<i4"), ("offset", "<i8")])
@@ -52,6 +53,8 @@ class ShardRecord:
     tokens: int
     sha256: str | None = None
     """None in data sets of the seed projects, which recorded no checksums."""
+    tokens_sha256: str | None = None
+    """Of the file beside an HDF5 chunk that holds samples, positions and kinds."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,20 +1,21 @@
 """The default codec: token-contiguous rows `[token, side, layer, d_model]` in safetensors shards.
 
-    [8 bytes: header length][JSON header, padded to byte 4096][activations][sample][position][kind]
+    [8 bytes: header length][JSON header, padded to byte 4096][activations][sample][position][kind]([scale])
 
 Side 0 is what the MLP read, side 1 what it wrote. The rows of one token lie together, so a random token costs one
-read, and a memory map of the file is the array itself. Any safetensors reader opens the file.
+read, and a memory map of the file is the array itself. Any safetensors reader opens the file. `scale` is there for
+int8 only: `[token, side, layer]`.
 """
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int32, Int64, Integer, Shaped, UInt8
+from jaxtyping import Integer, Shaped
 from torch import Tensor
 
 from clt.errors import DatasetError
@@ -22,6 +23,9 @@ from clt.errors import DatasetError
 DATA_START = 4096
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "int8": torch.int8}
 _SAFETENSORS_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "int8": "I8"}
+
+Columns = Mapping[str, Shaped[np.ndarray, "token ..."]]
+"""What is known of each token beside its activations, by name."""
 
 
 @dataclass(frozen=True)
@@ -38,21 +42,48 @@ class RowLayout:
         return DTYPES[self.dtype]
 
     @property
+    def value_dtype(self) -> torch.dtype:
+        """The type of one number once it is read: int8 comes back as bfloat16."""
+        return torch.bfloat16 if self.dtype == "int8" else self.torch_dtype
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of one token's activations."""
         return 2 * self.num_layers * self.d_model * self.torch_dtype.itemsize
 
+    @property
+    def columns(self) -> dict[str, tuple[str, np.dtype, tuple[int, ...]]]:
+        """Name of each column: its safetensors type, its numpy type and its shape per token."""
+        columns: dict[str, tuple[str, np.dtype, tuple[int, ...]]] = {
+            "sample": ("I64", np.dtype("<i8"), ()),
+            "position": ("I32", np.dtype("<i4"), ()),
+            "kind": ("U8", np.dtype("u1"), ()),
+        }
+        if self.dtype == "int8":
+            columns["scale"] = ("F32", np.dtype("<f4"), (2, self.num_layers))
+        return columns
+
+    def column_bytes(self, name: str) -> int:
+        """Bytes of one token in a column."""
+        _, dtype, shape = self.columns[name]
+        return dtype.itemsize * int(np.prod(shape))
+
     def file_bytes(self, tokens: int) -> int:
         """Size of a whole shard."""
-        return DATA_START + tokens * (self.row_bytes + 8 + 4 + 1)
+        return DATA_START + tokens * (self.row_bytes + sum(map(self.column_bytes, self.columns)))
 
-
-class TokenColumns(NamedTuple):
-    """What is known of each token beside its activations."""
-
-    sample: Int64[np.ndarray, " token"]
-    position: Int32[np.ndarray, " token"]
-    kind: UInt8[np.ndarray, " token"]
+    def header(self, tokens: int) -> dict[str, dict]:
+        """The entries of the safetensors header."""
+        shape = [tokens, 2, self.num_layers, self.d_model]
+        offset = tokens * self.row_bytes
+        entries = {
+            "activations": {"dtype": _SAFETENSORS_NAMES[self.dtype], "shape": shape, "data_offsets": [0, offset]}
+        }
+        for name, (dtype, _, shape) in self.columns.items():
+            end = offset + tokens * self.column_bytes(name)
+            entries[name] = {"dtype": dtype, "shape": [tokens, *shape], "data_offsets": [offset, end]}
+            offset = end
+        return entries
 
 
 class RowFileWriter:
@@ -68,9 +99,9 @@ class RowFileWriter:
         self.capacity = capacity
         self.tokens = 0
         self._places = np.random.default_rng(seed).permutation(capacity)
-        self._columns = TokenColumns(
-            np.zeros(capacity, np.int64), np.zeros(capacity, np.int32), np.zeros(capacity, np.uint8)
-        )
+        self._columns = {
+            name: np.zeros((capacity, *shape), dtype) for name, (_, dtype, shape) in layout.columns.items()
+        }
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
 
     @property
@@ -78,15 +109,15 @@ class RowFileWriter:
         """Tokens that still fit."""
         return self.capacity - self.tokens
 
-    def put(self, rows: Shaped[Tensor, "token side layer d_model"], columns: TokenColumns) -> None:
+    def put(self, rows: Shaped[Tensor, "token side layer d_model"], columns: Columns) -> None:
         """Add rows of the layout's type; at most `room` of them."""
         places = self._places[self.tokens : self.tokens + rows.shape[0]]
         data = memoryview(rows.contiguous().view(torch.uint8).numpy().data).cast("B")
         width = self.layout.row_bytes
         for i, place in enumerate(places.tolist()):
             _write_all(self._file, data[i * width : (i + 1) * width], DATA_START + place * width)
-        for column, values in zip(self._columns, columns, strict=True):
-            column[places] = values
+        for name, column in self._columns.items():
+            column[places] = columns[name]
         self.tokens += rows.shape[0]
 
     def finish(self) -> None:
@@ -95,9 +126,10 @@ class RowFileWriter:
         if self.tokens < self.capacity:
             self._close_gaps(order)
         end = DATA_START + self.tokens * self.layout.row_bytes
-        tail = b"".join(column[order].tobytes() for column in self._columns)
+        tail = b"".join(column[order].tobytes() for column in self._columns.values())
+        text = json.dumps(self.layout.header(self.tokens)).encode().ljust(DATA_START - 8)
         _write_all(self._file, memoryview(tail), end)
-        _write_all(self._file, memoryview(_header(self.layout, self.tokens)), 0)
+        _write_all(self._file, memoryview(len(text).to_bytes(8, "little") + text), 0)
         os.ftruncate(self._file, end + len(tail))
         self.close()
 
@@ -124,29 +156,18 @@ class RowFile:
     """
 
     def __init__(self, path: Path, layout: RowLayout, tokens: int) -> None:
-        if not path.exists():
-            raise DatasetError(
-                f"{path} is missing, but metadata.json lists it with {tokens:,} tokens.\n"
-                "Copy it again from where the data set came from, or generate the data set anew."
-            )
-        size, expected = path.stat().st_size, layout.file_bytes(tokens)
-        if size != expected:
-            raise DatasetError(
-                f"{path} has {size:,} bytes, but {tokens:,} tokens need {expected:,}.\n"
-                "It was probably cut off while being copied. Copy it again, or generate the data set anew."
-            )
+        require_size(path, layout.file_bytes(tokens), tokens)
         self._check_header(path, layout, tokens)
         self.tokens = tokens
-        self._bytes = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-        end = DATA_START + tokens * layout.row_bytes
+        self._bytes = torch.from_file(str(path), shared=False, size=layout.file_bytes(tokens), dtype=torch.uint8)
+        at = DATA_START + tokens * layout.row_bytes
         shape = (tokens, 2, layout.num_layers, layout.d_model)
-        self.rows = self._bytes[DATA_START:end].view(layout.torch_dtype).view(shape)
-        tail = self._bytes[end:].numpy()
-        self.columns = TokenColumns(
-            sample=tail[: 8 * tokens].view(np.int64),
-            position=tail[8 * tokens : 12 * tokens].view(np.int32),
-            kind=tail[12 * tokens :],
-        )
+        self.rows = self._bytes[DATA_START:at].view(layout.torch_dtype).view(shape)
+        self.columns: dict[str, np.ndarray] = {}
+        for name, (_, dtype, shape) in layout.columns.items():
+            end = at + tokens * layout.column_bytes(name)
+            self.columns[name] = self._bytes[at:end].numpy().view(dtype).reshape(tokens, *shape)
+            at = end
 
     @staticmethod
     def _check_header(path: Path, layout: RowLayout, tokens: int) -> None:
@@ -158,13 +179,32 @@ class RowFile:
             raise DatasetError(
                 f"{path} does not begin with the header of a shard of rows. It is damaged or another kind of file."
             ) from None
-        expected = _activation_entry(layout, tokens)
+        expected = layout.header(tokens)["activations"]
         for name in ("dtype", "shape"):
             if header.get(name) != expected[name]:
                 raise DatasetError(
                     f"{path} holds activations of {name} {header.get(name)}, but metadata.json says "
                     f"{expected[name]}.\nThe file or metadata.json was replaced or edited."
                 )
+
+
+def require_size(path: Path, expected: int, tokens: int) -> None:
+    """Refuse a shard that is missing or cut off.
+
+    Raises:
+        DatasetError: naming both sizes.
+    """
+    if not path.exists():
+        raise DatasetError(
+            f"{path} is missing, but metadata.json lists it with {tokens:,} tokens.\n"
+            "Copy it again from where the data set came from, or leave it out with `clt data drop-chunk`."
+        )
+    size = path.stat().st_size
+    if size != expected:
+        raise DatasetError(
+            f"{path} has {size:,} bytes, but {tokens:,} tokens need {expected:,}.\n"
+            "It was probably cut off while being copied. Copy it again, or leave it out with `clt data drop-chunk`."
+        )
 
 
 def rows_of(inputs: Tensor, targets: Tensor, dtype: torch.dtype) -> Shaped[Tensor, "token side layer d_model"]:
@@ -174,24 +214,6 @@ def rows_of(inputs: Tensor, targets: Tensor, dtype: torch.dtype) -> Shaped[Tenso
     rows[:, 0].copy_(inputs.transpose(0, 1))
     rows[:, 1].copy_(targets.transpose(0, 1))
     return rows
-
-
-def _activation_entry(layout: RowLayout, tokens: int) -> dict:
-    return {
-        "dtype": _SAFETENSORS_NAMES[layout.dtype],
-        "shape": [tokens, 2, layout.num_layers, layout.d_model],
-        "data_offsets": [0, tokens * layout.row_bytes],
-    }
-
-
-def _header(layout: RowLayout, tokens: int) -> bytes:
-    entries = {"activations": _activation_entry(layout, tokens)}
-    offset = tokens * layout.row_bytes
-    for name, dtype, width in (("sample", "I64", 8), ("position", "I32", 4), ("kind", "U8", 1)):
-        entries[name] = {"dtype": dtype, "shape": [tokens], "data_offsets": [offset, offset + width * tokens]}
-        offset += width * tokens
-    text = json.dumps(entries).encode().ljust(DATA_START - 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 def _write_all(file: int, data: memoryview, offset: int) -> None:

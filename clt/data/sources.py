@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,13 +11,20 @@ from torch import Tensor
 
 from clt.data.buffers import BufferPool
 from clt.data.files import sha256_of
+from clt.data.hdf5 import Hdf5Chunk, stored_dtype, tokens_file
+from clt.data.manifest import chunk_path, read_index
 from clt.data.metadata import (
+    HDF5_FORMAT,
+    METADATA_FILE,
     ROWS_FORMAT,
     STATISTICS_FILE,
+    DatasetInfo,
     Metadata,
+    ShardRecord,
     metadata_from_json,
     read_json,
 )
+from clt.data.quantise import dequantise
 from clt.data.rows import DTYPES, RowFile, RowLayout
 from clt.data.sampler import Run
 from clt.data.statistics import Statistics, read_statistics
@@ -40,7 +47,7 @@ class ShardSource(ABC):
 
     @abstractmethod
     def read(self, runs: list[Run]) -> Rows:
-        """The rows of some runs, one run after the other, in the type they are stored in."""
+        """The rows of some runs, one run after the other, in the type they are stored in (int8: as bfloat16)."""
 
     @abstractmethod
     def statistics(self) -> Statistics:
@@ -59,41 +66,77 @@ class ShardSource(ABC):
         """
 
 
-class LocalRowSource(ShardSource):
-    """Memory-mapped safetensors shards in a folder."""
+class LocalSource(ShardSource):
+    """Shards in a folder; what a codec adds is how one run is copied into a batch."""
 
     def __init__(self, folder: Path, metadata: Metadata) -> None:
         self.folder = folder
         self.metadata = metadata
-        if metadata.dtype not in DTYPES:
-            raise DatasetError(
-                f"{folder} says dtype = {metadata.dtype!r}, which is not one of {', '.join(DTYPES)}. "
-                "metadata.json was edited, or a newer version wrote it."
-            )
-        self.layout = RowLayout(metadata.info.num_layers, metadata.info.d_model, metadata.dtype)
-        self._files = [RowFile(folder / shard.file, self.layout, shard.tokens) for shard in metadata.shards]
+        self.layout = RowLayout(metadata.info.num_layers, metadata.info.d_model, _known_dtype(folder, metadata.dtype))
         self._pool = BufferPool()
+
+    @abstractmethod
+    def copy_run(self, run: Run, out: Shaped[Tensor, "token side layer d_model"]) -> dict[str, np.ndarray]:
+        """Put the rows of a run into `out` and return their columns."""
 
     def read(self, runs: list[Run]) -> Rows:
         total = sum(run.stop - run.start for run in runs)
         shape = (total, 2, self.layout.num_layers, self.layout.d_model)
-        rows = self._pool.empty(shape, self.layout.torch_dtype)
-        columns = (np.empty(total, np.int64), np.empty(total, np.int32), np.empty(total, np.uint8))
+        rows = self._pool.empty(shape, self.layout.value_dtype)
+        columns = {"sample": np.empty(total, np.int64), "position": np.empty(total, np.int32)}
+        columns["kind"] = np.empty(total, np.uint8)
         at = 0
-        for shard, start, stop in runs:
-            file, end = self._files[shard], at + stop - start
-            rows[at:end] = file.rows[start:stop]
-            for column, stored in zip(columns, file.columns, strict=True):
-                column[at:end] = stored[start:stop]
+        for run in runs:
+            end = at + run.stop - run.start
+            stored = self.copy_run(run, rows[at:end])
+            for name, column in columns.items():
+                column[at:end] = stored[name][run.start : run.stop]
             at = end
-        return Rows(rows, *(torch.from_numpy(column) for column in columns))
+        return Rows(rows, *(torch.from_numpy(column) for column in columns.values()))
 
     def statistics(self) -> Statistics:
         info = self.metadata.info
-        return read_statistics(self.folder / STATISTICS_FILE, info.num_layers, info.d_model, self.metadata.total_tokens)
+        path = self.folder / STATISTICS_FILE
+        return read_statistics(path, info.num_layers, info.d_model, self.metadata.total_tokens)
 
     def verify(self) -> None:
         verify_checksums(self.folder, self.metadata)
+
+
+class RowSource(LocalSource):
+    """Memory-mapped safetensors shards."""
+
+    def __init__(self, folder: Path, metadata: Metadata) -> None:
+        super().__init__(folder, metadata)
+        self._files = [RowFile(folder / shard.file, self.layout, shard.tokens) for shard in metadata.shards]
+
+    def copy_run(self, run: Run, out: Shaped[Tensor, "token side layer d_model"]) -> dict[str, np.ndarray]:
+        file = self._files[run.shard]
+        rows = file.rows[run.start : run.stop]
+        if self.layout.dtype == "int8":
+            scale = torch.from_numpy(np.array(file.columns["scale"][run.start : run.stop]))
+            out[:] = dequantise(rows, scale, out.dtype)
+        else:
+            out[:] = rows
+        return file.columns
+
+
+class Hdf5Source(LocalSource):
+    """The seeds' HDF5 chunks, of either version."""
+
+    def __init__(self, folder: Path, metadata: Metadata) -> None:
+        super().__init__(folder, metadata)
+        values = {
+            "num_layers": metadata.info.num_layers,
+            "d_model": metadata.info.d_model,
+            "dtype": metadata.dtype,
+        }
+        self._chunks = [Hdf5Chunk(folder / shard.file, shard.tokens, values) for shard in metadata.shards]
+
+    def copy_run(self, run: Run, out: Shaped[Tensor, "token side layer d_model"]) -> dict[str, np.ndarray]:
+        chunk = self._chunks[run.shard]
+        chunk.read(run.start, run.stop, out)
+        return chunk.columns
 
 
 def verify_checksums(folder: Path, metadata: Metadata) -> None:
@@ -102,10 +145,12 @@ def verify_checksums(folder: Path, metadata: Metadata) -> None:
     Raises:
         DatasetError: naming each file that differs.
     """
+    files = [(folder / shard.file, shard.sha256) for shard in metadata.shards]
+    files += [(tokens_file(folder / shard.file), shard.tokens_sha256) for shard in metadata.shards]
     damaged = [
-        f"  {shard.file}: {found} instead of {shard.sha256}"
-        for shard in metadata.shards
-        if shard.sha256 is not None and (found := sha256_of(folder / shard.file)) != shard.sha256
+        f"  {path.name}: {found} instead of {wanted}"
+        for path, wanted in files
+        if wanted is not None and (found := sha256_of(path)) != wanted
     ]
     if damaged:
         raise DatasetError(
@@ -118,9 +163,31 @@ def verify_checksums(folder: Path, metadata: Metadata) -> None:
 def data_folder(path: str | Path) -> Path:
     """The folder with the activations: the one given, or its `train` part if it is divided."""
     path = Path(path)
-    if not (path / "metadata.json").exists() and (path / "train").is_dir():
+    if not (path / METADATA_FILE).exists() and (path / "train").is_dir():
         return path / "train"
     return path
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """What `metadata.json` (ours, or a seed project's with its `index.bin`) says of a folder.
+
+    Raises:
+        DatasetError: the folder is missing, unfinished, damaged, or of an unknown format.
+    """
+    values = read_json(folder)
+    try:
+        if "format" not in values:
+            return _seed_metadata(folder, values)
+        metadata = metadata_from_json(values)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DatasetError(f"{folder}/{METADATA_FILE} lacks or garbles a key ({error!r}).") from None
+    listed = sum(shard.tokens for shard in metadata.shards)
+    if listed != metadata.total_tokens:
+        raise DatasetError(
+            f"{folder}/{METADATA_FILE} says total_tokens = {metadata.total_tokens:,}, but its shards hold {listed:,}. "
+            "It was edited or damaged."
+        )
+    return metadata
 
 
 def open_local(path: str | Path) -> ShardSource:
@@ -130,17 +197,47 @@ def open_local(path: str | Path) -> ShardSource:
         DatasetError: the folder is missing, unfinished, damaged, or of an unknown format.
     """
     folder = data_folder(path)
-    values = read_json(folder)
-    if values.get("format") != ROWS_FORMAT:
-        raise DatasetError(f"{folder}/metadata.json says format = {values.get('format')!r}, which cannot be read here.")
-    try:
-        metadata = metadata_from_json(values)
-    except (KeyError, TypeError, ValueError) as error:
-        raise DatasetError(f"{folder}/metadata.json lacks or garbles a key ({error!r}).") from None
-    listed = sum(shard.tokens for shard in metadata.shards)
-    if listed != metadata.total_tokens:
+    metadata = read_metadata(folder)
+    sources = {ROWS_FORMAT: RowSource, HDF5_FORMAT: Hdf5Source}
+    if metadata.format not in sources:
         raise DatasetError(
-            f"{folder}/metadata.json says total_tokens = {metadata.total_tokens:,}, but its shards hold {listed:,}. "
-            "It was edited or damaged."
+            f"{folder}/{METADATA_FILE} says format = {metadata.format!r}; known are {' and '.join(sources)}. "
+            "A newer version probably wrote it."
         )
-    return LocalRowSource(folder, metadata)
+    return sources[metadata.format](folder, metadata)
+
+
+def _seed_metadata(folder: Path, values: dict[str, Any]) -> Metadata:
+    """crosslayer-coding's metadata.json has no list of chunks: index.bin has it."""
+    total = int(values["total_tokens"])
+    counts = read_index(folder, total)
+    paths = {number: chunk_path(folder, number) for number in sorted(counts)}
+    missing = [path.name for path in paths.values() if not path.exists()]
+    if missing:
+        raise DatasetError(f"{folder} lacks {', '.join(missing)}, which its index.bin lists. Copy them again.")
+    info = DatasetInfo(
+        model_name=str(values.get("model_name", "unknown")),
+        dataset=str(values.get("dataset", "unknown")),
+        split=str(values.get("split", "unknown")),
+        num_layers=int(values["num_layers"]),
+        d_model=int(values["d_model"]),
+        provenance={name: values[name] for name in ("scrambled_from", "scramble_seed") if name in values},
+    )
+    return Metadata(
+        info=info,
+        format=HDF5_FORMAT,
+        dtype=values.get("dtype") or stored_dtype(next(iter(paths.values()))),
+        total_tokens=total,
+        shard_tokens=int(values.get("chunk_tokens", max(counts.values()))),
+        shards=tuple(ShardRecord(file=path.name, tokens=counts[number]) for number, path in paths.items()),
+        created=str(values.get("created", "")),
+    )
+
+
+def _known_dtype(folder: Path, dtype: str) -> str:
+    if dtype not in DTYPES:
+        raise DatasetError(
+            f"{folder}/{METADATA_FILE} says dtype = {dtype!r}, which is not one of {', '.join(DTYPES)}. "
+            "It was edited, or a newer version wrote it."
+        )
+    return dtype

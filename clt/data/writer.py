@@ -11,22 +11,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from clt.data.files import refusing_a_full_disk, replace_file, sha256_of, write_file
+from clt.data.codecs import Codec
+from clt.data.files import refusing_a_full_disk, write_file
 from clt.data.metadata import (
     INDEX_FILE,
     METADATA_FILE,
     PROGRESS_FILE,
-    ROWS_FORMAT,
     STATISTICS_FILE,
     DatasetInfo,
     Metadata,
-    ShardRecord,
     index_bytes,
     library_versions,
     now,
 )
 from clt.data.progress import Progress, load_progress, require_same_plan, save_progress
-from clt.data.rows import RowFileWriter, RowLayout, TokenColumns, rows_of
+from clt.data.quantise import QuantisationError, dequantise, quantise
+from clt.data.rows import DTYPES, Columns, RowFileWriter, RowLayout, rows_of
 from clt.data.statistics import SIDES, RunningStatistics, statistics_to_json
 from clt.errors import ConfigError, DatasetError
 from clt.types import ActivationBatch, TokenKind
@@ -45,9 +45,10 @@ class ActivationWriter:
     Args:
         folder: made if missing; must not hold a finished data set.
         info: the host, the corpus and the shape of what will be appended.
-        dtype: type on disk: bfloat16, float16 or float32.
+        dtype: type on disk: bfloat16, float16, float32, or int8 (measures and records its own error).
         shard_tokens: tokens per file; a row is shuffled within its file.
         seed: of the shuffle.
+        codec: the format of the files.
         resume: go on with an unfinished folder instead of starting it anew.
 
     Raises:
@@ -62,10 +63,11 @@ class ActivationWriter:
         dtype: str = "bfloat16",
         shard_tokens: int = 262_144,
         seed: int = 42,
+        codec: Codec | None = None,
         resume: bool = False,
     ) -> None:
-        if dtype not in ("bfloat16", "float16", "float32"):
-            raise ConfigError(f"dtype = {dtype!r} is not one of 'bfloat16', 'float16', 'float32'.")
+        self.codec = codec or Codec()
+        _check_dtype(dtype, self.codec)
         self.folder = Path(folder)
         self.info = info
         self.layout = RowLayout(info.num_layers, info.d_model, dtype)
@@ -78,6 +80,7 @@ class ActivationWriter:
         self._statistics = RunningStatistics(info.num_layers, info.d_model)
         self._progress = self._begin(resume)
         self._next_mark = self._progress.mark
+        self._error = QuantisationError(info.num_layers, self._progress.codec) if dtype == "int8" else None
         self._file: RowFileWriter | None = None
 
     @property
@@ -107,12 +110,13 @@ class ActivationWriter:
         if start >= batch.n_tokens:
             return
         self._check_shape(batch)
-        rows = rows_of(batch.inputs, batch.targets, self.layout.torch_dtype)
+        scratch_dtype = torch.float32 if self._error else self.layout.torch_dtype
+        rows = rows_of(batch.inputs, batch.targets, scratch_dtype)
         columns = _columns_of(batch)
         while start < batch.n_tokens:
             file = self._open_file()
             stop = min(batch.n_tokens, start + file.room)
-            self._put(file, rows[start:stop], TokenColumns(*(column[start:stop] for column in columns)))
+            self._put(file, rows[start:stop], {name: column[start:stop] for name, column in columns.items()})
             if file.room == 0:
                 self._finish_shard(mark, stop)
             start = stop
@@ -154,7 +158,8 @@ class ActivationWriter:
 
     def _plan(self) -> dict[str, Any]:
         plan = dataclasses.asdict(self.info)
-        plan.update(dtype=self.layout.dtype, shard_tokens=self.shard_tokens, seed=self.seed, format=ROWS_FORMAT)
+        plan.update(dtype=self.layout.dtype, shard_tokens=self.shard_tokens, seed=self.seed)
+        plan.update(dataclasses.asdict(self.codec))
         return json.loads(json.dumps(plan))
 
     def _begin(self, resume: bool) -> Progress:
@@ -171,7 +176,7 @@ class ActivationWriter:
         return progress
 
     def _drop_old_shards(self) -> None:
-        shards = sorted(self.folder.glob("shard_*.safetensors"))
+        shards = sorted(self.folder.glob(self.codec.pattern))
         if shards and not (self.folder / PROGRESS_FILE).exists():
             raise DatasetError(
                 f"{self.folder} holds {len(shards)} shards, no {METADATA_FILE} and no {PROGRESS_FILE}: they may "
@@ -196,33 +201,44 @@ class ActivationWriter:
     def _open_file(self) -> RowFileWriter:
         if self._file is None:
             number = len(self._progress.shards)
-            path = self.folder / f".shard_{number:05d}.safetensors.tmp"
+            path = self.folder / f".shard_{number:05d}.tmp"
             self._file = RowFileWriter(path, self.layout, self.shard_tokens, (self.seed, number))
         return self._file
 
-    def _put(self, file: RowFileWriter, rows: Float[Tensor, "token side layer d_model"], columns: TokenColumns) -> None:
+    def _put(self, file: RowFileWriter, rows: Float[Tensor, "token side layer d_model"], columns: Columns) -> None:
         for start in range(0, rows.shape[0], STATISTICS_ROWS):
-            self._statistics.update(rows[start : start + STATISTICS_ROWS])
+            part = slice(start, start + STATISTICS_ROWS)
+            self._put_part(file, rows[part], {name: column[part] for name, column in columns.items()})
+        counts = np.bincount(columns["kind"], minlength=len(TokenKind))
+        kinds = tuple(int(old + new) for old, new in zip(self._progress.kinds, counts, strict=True))
+        self._progress = dataclasses.replace(self._progress, kinds=kinds)
+
+    def _put_part(self, file: RowFileWriter, rows: Float[Tensor, "token side layer d_model"], columns: Columns) -> None:
+        stored, values = rows, rows
+        if self._error is not None:
+            stored, scale = quantise(rows)
+            values = dequantise(stored, scale, self.layout.value_dtype)
+            self._error.update(rows, values)
+            columns = {**columns, "scale": scale.numpy()}
+        self._statistics.update(values)
         if not self._statistics.mean.isfinite().all():
             self.abandon()
             raise DatasetError(_describe_bad_value(rows, columns, self.layout.dtype))
         with refusing_a_full_disk(self.folder, self.layout.file_bytes(self.shard_tokens)):
-            file.put(rows, columns)
-        counts = np.bincount(columns.kind, minlength=len(TokenKind))
-        kinds = tuple(int(old + new) for old, new in zip(self._progress.kinds, counts, strict=True))
-        self._progress = dataclasses.replace(self._progress, kinds=kinds)
+            file.put(stored, columns)
 
     def _finish_shard(self, mark: int, offset: int) -> None:
         file = self._open_file()
-        final = self.folder / file.path.name.removeprefix(".").removesuffix(".tmp")
         with refusing_a_full_disk(self.folder, self.layout.file_bytes(file.tokens)):
             file.finish()
-            checksum = sha256_of(file.path)
-            replace_file(file.path, final)
-        record = ShardRecord(file=final.name, tokens=file.tokens, sha256=checksum)
+            record = self.codec.seal(file.path, self.layout, file.tokens, len(self._progress.shards))
         self._file = None
         self._progress = dataclasses.replace(
-            self._progress, shards=(*self._progress.shards, record), mark=mark, offset=offset
+            self._progress,
+            shards=(*self._progress.shards, record),
+            mark=mark,
+            offset=offset,
+            codec=self._error.state() if self._error else {},
         )
         save_progress(self.folder, self._progress, self._statistics)
 
@@ -230,34 +246,42 @@ class ActivationWriter:
         progress = self._progress
         return Metadata(
             info=self.info,
-            format=ROWS_FORMAT,
+            format=self.codec.format_name,
             dtype=self.layout.dtype,
             total_tokens=sum(shard.tokens for shard in progress.shards),
             shard_tokens=self.shard_tokens,
             shards=progress.shards,
             seed=self.seed,
             kinds={kind.name.lower(): progress.kinds[kind] for kind in TokenKind},
+            codec={**self.codec.describe(), **(self._error.report() if self._error else {})},
             versions=library_versions(),
             created=now(),
         )
 
 
-def _columns_of(batch: ActivationBatch) -> TokenColumns:
-    return TokenColumns(
-        sample=batch.sample.cpu().numpy().astype(np.int64),
-        position=batch.position.cpu().numpy().astype(np.int32),
-        kind=batch.kind.cpu().numpy(),
-    )
+def _check_dtype(dtype: str, codec: Codec) -> None:
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype = {dtype!r} is not one of {', '.join(map(repr, DTYPES))}.")
+    if dtype == "int8" and codec.output_format == "hdf5":
+        raise ConfigError("dtype = 'int8' needs output_format = 'safetensors'; the seeds' HDF5 layout has no scales.")
 
 
-def _describe_bad_value(rows: Float[Tensor, "token side layer d_model"], columns: TokenColumns, dtype: str) -> str:
+def _columns_of(batch: ActivationBatch) -> Columns:
+    return {
+        "sample": batch.sample.cpu().numpy().astype(np.int64),
+        "position": batch.position.cpu().numpy().astype(np.int32),
+        "kind": batch.kind.cpu().numpy(),
+    }
+
+
+def _describe_bad_value(rows: Float[Tensor, "token side layer d_model"], columns: Columns, dtype: str) -> str:
     bad = torch.nonzero(~rows.isfinite())
     if not len(bad):
         return "The statistics overflowed although every value is finite: the activations are beyond 1e150."
     token, side, layer, dimension = bad[0].tolist()
     return (
         f"Layer {layer} has {rows[token, side, layer, dimension].item()} in its {SIDES[side]} (dimension {dimension}) "
-        f"at position {columns.position[token]} of sample {columns.sample[token]}, as {dtype}.\n"
+        f"at position {columns['position'][token]} of sample {columns['sample'][token]}, as {dtype}.\n"
         "Either the host computes values that are not finite, or they are too large for the type on disk "
         "(float16 ends at 65,504): use bfloat16 or float32."
     )

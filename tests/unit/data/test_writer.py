@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from clt.data import ActivationWriter, LocalActivationStore
 from clt.data.metadata import INDEX_RECORD
-from clt.data.rows import RowFile, RowFileWriter, RowLayout, TokenColumns
+from clt.data.rows import RowFile, RowFileWriter, RowLayout
 from clt.errors import ConfigError, DatasetError
 from clt.types import ActivationBatch
 
@@ -56,13 +56,13 @@ def test_bf16_bits_survive_whatever_they_mean(tmp_path_factory, bits):
     tokens = len(bits) // 4
     rows = torch.tensor(bits[: 4 * tokens], dtype=torch.int16).view(tokens, 2, 1, 2).view(torch.bfloat16)
     layout = RowLayout(num_layers=1, d_model=2, dtype="bfloat16")
-    columns = TokenColumns(np.arange(tokens), np.zeros(tokens, np.int32), np.zeros(tokens, np.uint8))
+    columns = {"sample": np.arange(tokens), "position": np.zeros(tokens), "kind": np.zeros(tokens)}
     writer = RowFileWriter(path, layout, capacity=tokens + 3, seed=(0, 0))
     writer.put(rows, columns)
     writer.finish()
 
     file = RowFile(path, layout, tokens)
-    back = file.rows[torch.from_numpy(np.argsort(file.columns.sample))]
+    back = file.rows[torch.from_numpy(np.argsort(file.columns["sample"]))]
     assert torch.equal(back.view(torch.int16), rows.view(torch.int16))
 
 
