@@ -1,5 +1,6 @@
 """Rows of token ids for the host: texts joined end to end, never decoded and tokenised again."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol, cast, runtime_checkable
 
@@ -83,12 +84,12 @@ class HeldOutChoice:
         """Whether sample `number` is held out."""
         if self._fraction == 0:
             return False
-        first, last = int(number * self._fraction) - 1, int((number + 1) * self._fraction)
-        return any(self._chosen(stratum) == number for stratum in range(max(first, 0), last + 1))
+        nearest = int(number * self._fraction)
+        return any(self._chosen(stratum) == number for stratum in range(max(nearest - 1, 0), nearest + 2))
 
     def _chosen(self, stratum: int) -> int:
-        place = np.random.default_rng([self._seed, stratum]).random()
-        return int((stratum + place) / self._fraction)
+        first, end = math.ceil(stratum / self._fraction), math.ceil((stratum + 1) / self._fraction)
+        return int(np.random.default_rng([self._seed, stratum]).integers(first, end))
 
 
 def _frame(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
