@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from clt.errors import WorldError
@@ -82,3 +83,22 @@ def test_the_first_word_of_a_response_is_its_answer(world):
     assert world.score_questions(questions, ["", f"the {answers[1]}", answers[2]])["accuracy"] == pytest.approx(100 / 3)
     with pytest.raises(WorldError, match="2 responses for 3 samples"):
         world.score_questions(questions, answers[:2])
+
+
+@torch.no_grad()
+def test_swapping_the_middle_hop_swaps_the_answer(world):
+    """What leaves layer 0 at the city's last word carries the state: another city's makes it that state's answer."""
+    tokenizer = AutoTokenizer.from_pretrained(world.host_path())
+    model = LlamaForCausalLM.from_pretrained(world.host_path())
+    facts = world.facts("held_out")
+    donors = facts[1:] + facts[:1]
+    ids = tokenizer([fact.prompt for fact in facts], return_tensors="pt").input_ids
+    kept = model(ids.roll(-1, dims=0), output_hidden_states=True).hidden_states[1]
+
+    def swap(module, arguments, output):
+        return torch.cat([output[:, :2], kept[:, 2:3], output[:, 3:]], dim=1)
+
+    with model.model.layers[0].register_forward_hook(swap):
+        answers = tokenizer.batch_decode(model(ids).logits[:, -1].argmax(-1)[:, None])
+    expected = [knowledge.attribute(donor.state, fact.relation) for fact, donor in zip(facts, donors)]
+    assert sum(answer.strip() == word for answer, word in zip(answers, expected)) / len(facts) > 0.9
