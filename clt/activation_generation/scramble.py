@@ -167,9 +167,9 @@ def _from_records(data: UInt8[np.ndarray, " byte"], writer: ActivationWriter) ->
     activations, sample, position, kind = records.split([layout.row_bytes, 8, 4, 1], dim=1)
     shape = (len(records), 2, layout.num_layers, layout.d_model)
     return Rows(
-        activations.contiguous().view(layout.torch_dtype).view(shape),
-        sample.contiguous().view(torch.int64)[:, 0],
-        position.contiguous().view(torch.int32)[:, 0],
+        activations.clone().view(layout.torch_dtype).view(shape),
+        sample.clone().view(torch.int64)[:, 0],
+        position.clone().view(torch.int32)[:, 0],
         kind[:, 0],
     )
 
