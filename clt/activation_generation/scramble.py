@@ -163,13 +163,15 @@ def _to_records(rows: Rows) -> UInt8[np.ndarray, "token byte"]:
 
 def _from_records(data: UInt8[np.ndarray, " byte"], writer: ActivationWriter) -> Rows:
     layout = writer.layout
-    records = torch.from_numpy(data).view(-1, layout.row_bytes + 8 + 4 + 1)
-    activations, sample, position, kind = records.split([layout.row_bytes, 8, 4, 1], dim=1)
+    records = data.reshape(-1, layout.row_bytes + 8 + 4 + 1)
+    ends = np.cumsum([layout.row_bytes, 8, 4])
+    # Copies, because a part of a record need not lie where its type wants to be.
+    activations, sample, position, kind = (torch.from_numpy(part.copy()) for part in np.split(records, ends, axis=1))
     shape = (len(records), 2, layout.num_layers, layout.d_model)
     return Rows(
-        activations.clone().view(layout.torch_dtype).view(shape),
-        sample.clone().view(torch.int64)[:, 0],
-        position.clone().view(torch.int32)[:, 0],
+        activations.view(layout.torch_dtype).view(shape),
+        sample.view(torch.int64)[:, 0],
+        position.view(torch.int32)[:, 0],
         kind[:, 0],
     )
 
