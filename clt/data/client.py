@@ -84,6 +84,8 @@ class ServerClient:
         """
         url = f"{self._dataset_url}/uploads/{path.name}"
         size, checksum = path.stat().st_size, sha256_of(path)
+        if self._send("GET", url).json().get("sha256") == checksum:
+            return
         with path.open("rb") as file:
             while (received := self._send("GET", url).json()["received"]) < size:
                 file.seek(received)

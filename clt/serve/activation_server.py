@@ -13,6 +13,7 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from pydantic import BaseModel, Field
 
 from clt import __version__
+from clt.data.files import sha256_of
 from clt.data.metadata import INDEX_FILE, METADATA_FILE, STATISTICS_FILE
 from clt.data.sampler import Run
 from clt.data.wire import pack_rows
@@ -205,10 +206,11 @@ def _add_seed_writing(app: FastAPI, storage: DatasetStorage) -> None:
 
 def _add_uploads(app: FastAPI, storage: DatasetStorage) -> None:
     @app.get("/datasets/{dataset_id:path}/uploads/{name}")
-    def received(dataset_id: str, name: str) -> dict[str, int]:
-        """How many bytes of an unfinished upload have arrived."""
-        part = storage.part(dataset_id, name)
-        return {"received": part.stat().st_size if part.exists() else 0}
+    def received(dataset_id: str, name: str) -> dict[str, Any]:
+        """How much of an unfinished upload has arrived, and the SHA-256 of the finished file, if there is one."""
+        part, final = storage.part(dataset_id, name), storage.folder(dataset_id) / name
+        finished = sha256_of(final) if final.is_file() else None
+        return {"received": part.stat().st_size if part.exists() else 0, "sha256": finished}
 
     @app.put("/datasets/{dataset_id:path}/uploads/{name}")
     async def append(

@@ -121,7 +121,7 @@ def test_another_content_is_not_overwritten_unless_asked(client, root):
 def test_uploads_go_on_where_they_broke_off(client, root):
     data, _ = chunk_bytes()
     url = f"/datasets/{ID}/uploads/chunk_3.hdf5"
-    assert client.get(url).json() == {"received": 0}
+    assert client.get(url).json() == {"received": 0, "sha256": None}
     assert client.put(f"{url}?offset=0", content=data[:1000]).json() == {"received": 1000}
     assert client.put(f"{url}?offset=900", content=data[900:]).status_code == 409
     assert client.get(f"/datasets/{ID}/files/chunk_3.hdf5").status_code == 404

@@ -133,7 +133,8 @@ def test_a_server_that_stumbles_is_asked_again(root):
         return httpx.Response(fail) if fail else inner.handle_request(request)
 
     answer.n = 0
-    store = RemoteActivationStore(client=client_of(httpx.MockTransport(answer)), batch_size_tokens=25)
+    client = client_of(httpx.MockTransport(answer))
+    store = RemoteActivationStore(client=client, batch_size_tokens=25, prefetch_batches=0)
     assert sum(next(store).n_tokens for _ in range(4)) == N_TOKENS
 
 
