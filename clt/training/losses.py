@@ -119,7 +119,11 @@ class LossManager:
         if self.config.preactivation_form == "negative":
             return self.config.preactivation_coef * sum_of((-h[layer]).relu().mean() for layer in layers) / len(h)
         if model.config.activation_fn in ("topk", "batchtopk"):
-            pull = sum_of(((-h[layer]).relu() * model.decoder_norm(layer) * dead[layer]).sum() for layer in layers)
+            names = [dead[layer].nonzero()[:, 0] for layer in layers]
+            pull = sum_of(
+                ((-h[layer][:, names[layer]]).relu() * model.decoder_norm(layer)[names[layer]]).sum()
+                for layer in layers
+            )
             return self.config.preactivation_coef * pull / len(h[0])
         cost = sum_of(
             ((model.threshold(layer) - h[layer]).relu() * model.decoder_norm(layer)).sum() for layer in layers
