@@ -21,6 +21,7 @@ from clt.data.files import write_file
 from clt.data.metadata import METADATA_FILE, DatasetInfo, read_json
 from clt.data.progress import require_same_plan
 from clt.data.sources import read_metadata
+from clt.data.streaming import StreamingActivationStore
 from clt.data.writer import ActivationWriter
 from clt.errors import DatasetError
 from clt.lm import HostInputs, ModelAdapter
@@ -93,6 +94,24 @@ class ActivationGenerator:
                 if publisher is not None:
                     publisher.finish(read_metadata(self.splits[split]).shards)
         return self.folder
+
+    def stream(self, **options: Any) -> StreamingActivationStore:
+        """The training part of the data set as a live store that never touches the disk.
+
+        Args:
+            options: see `StreamingActivationStore`.
+        """
+        adapter = self._adapter or self._load_host()
+        options = {"seed": self.config.seed, **options}
+        return StreamingActivationStore(lambda _: self._live(adapter), **options)
+
+    @torch.no_grad()
+    def _live(self, adapter: ModelAdapter) -> Iterator[ActivationBatch]:
+        for rows in self._batches(adapter):
+            if rows.split == "train":
+                inputs = rows.prepare(adapter)
+                if n_tokens := self._count(inputs):
+                    yield self._capture(adapter, inputs, rows, n_tokens)
 
     def _make(self, publishers: Mapping[Split, Publisher | None]) -> None:
         adapter = self._adapter or self._load_host()
