@@ -254,6 +254,7 @@ class CLTTrainer:
             state: dict[str, Any] = {
                 "step": self.step,
                 "tokens_seen": self.tokens_seen,
+                "seconds": self.seconds,
                 "store": self.store.state_dict(),
             }
             (folder / "trainer.json").write_text(json.dumps(state))
