@@ -12,17 +12,24 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
-class _JumpReLU(torch.autograd.Function):
-    """h where h > theta, else 0, with the straight-through gradient for theta and, if asked for, h."""
+class JumpReLU(torch.autograd.Function):
+    """h where h > theta, else 0, with the straight-through gradient for theta and, if asked for, h.
+
+    `JumpReLU.apply(h, theta, bandwidth)` is crosslayer-coding's, with its gradient; use `jumprelu` otherwise.
+    """
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, theta: Tensor, bandwidth: float, gradient: str, reach: str) -> Tensor:
+    def forward(
+        ctx: Any, h: Tensor, theta: Tensor, bandwidth: float, gradient: str = "h", reach: str = "threshold"
+    ) -> Tensor:
+        """The activation."""
         ctx.save_for_backward(h, theta)
         ctx.bandwidth, ctx.gradient, ctx.reach = bandwidth, gradient, reach
         return h * (h > theta)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Straight through the step, within the bandwidth."""
         (grad,) = grads
         h, theta = ctx.saved_tensors
         near = (h - theta).abs() < ctx.bandwidth / 2
@@ -51,7 +58,7 @@ def jumprelu(
 
     Source: Rajamanoharan et al. 2024, section 3; Anthropic Circuits Updates, January 2025.
     """
-    return _JumpReLU.apply(h, theta, bandwidth, gradient, reach)  # pyright: ignore[reportReturnType]
+    return JumpReLU.apply(h, theta, bandwidth, gradient, reach)  # pyright: ignore[reportReturnType]
 
 
 def topk_indices(scores: Float[Tensor, "token feature"], k: int) -> Int[Tensor, "token k"]:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clt.config import CLTConfig, TrainingConfig
@@ -31,6 +31,7 @@ KINDS = {
     "topk": {"activation_fn": "topk", "topk_k": 3},
     "batchtopk": {"activation_fn": "batchtopk", "batchtopk_k": 6},
 }
+few = settings(max_examples=8)  # of each family
 families = pytest.mark.parametrize("family", FAMILIES)
 windows = st.sampled_from([(0, None), (1, None), (0, 1), (1, 2), (0, 2), (3, None)])
 
@@ -136,6 +137,7 @@ def gradients(model, value):
 
 @families
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@few
 @given(window=windows, density=st.sampled_from([0.0, 0.3, 1.0]), seed=st.integers(0, 99))
 def test_decoding_is_the_formula_in_value_and_gradient(family, sparse, window, density, seed):
     model = transcoder_of(family, window=window, seed=seed)
@@ -172,6 +174,7 @@ def test_a_training_step_is_the_formula_of_its_codes_and_inputs(family, kind):
 
 
 @families
+@few
 @given(window=windows, seed=st.integers(0, 20))
 def test_contributions_skips_and_biases_add_up_to_the_prediction(family, window, seed):
     model, x = transcoder_of(family, window=window, seed=seed), inputs_for(seed=seed)
@@ -190,6 +193,7 @@ def test_contributions_skips_and_biases_add_up_to_the_prediction(family, window,
 
 
 @families
+@few
 @given(window=windows, seed=st.integers(0, 20))
 def test_untied_is_the_same_function_with_the_same_norms(family, window, seed):
     model, x = transcoder_of(family, window=window, seed=seed), inputs_for(seed=seed)
@@ -206,6 +210,7 @@ def test_untied_is_the_same_function_with_the_same_norms(family, window, seed):
 
 
 @families
+@few
 @given(window=windows, seed=st.integers(0, 20))
 def test_norms_are_those_of_the_scaled_matrices_in_value_and_gradient(family, window, seed):
     model = transcoder_of(family, window=window, seed=seed)
@@ -337,6 +342,7 @@ def test_sparse_and_dense_agree_under_autocast(kind):
         torch.testing.assert_close(dense.float(), sparse.float(), rtol=0.05, atol=0.05)
 
 
+@few
 @given(seed=st.integers(0, 50))
 def test_a_per_layer_transcoder_is_a_cross_layer_one_whose_other_decoders_are_zero(seed):
     model = transcoder_of("untied", "topk", seed=seed, ranking="value")
