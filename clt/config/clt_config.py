@@ -90,6 +90,8 @@ class CLTConfig(Config):
         if isinstance(self.skip_connection, bool):
             paths = "all" if self.decoder_tying == "none" else "own"
             object.__setattr__(self, "skip_connection", paths if self.skip_connection else "none")
+        if self.topk_k is not None and self.topk_k == int(self.topk_k):
+            object.__setattr__(self, "topk_k", int(self.topk_k))
         require_positive(
             "CLTConfig",
             num_features=self.num_features,
@@ -158,6 +160,11 @@ class CLTConfig(Config):
                 continue
             if k is None:
                 raise ConfigError(f"CLTConfig.activation_fn = {name!r} needs {name}_k (for example {name}_k=32).")
+            if name == "topk" and k > 1 and k != int(k):
+                raise ConfigError(
+                    f"CLTConfig.topk_k = {k} is neither a whole number of features nor, below 1, a share of them. "
+                    f"Use {int(k)}, or batchtopk, which keeps any number on average."
+                )
             available = self._choices(mode)
             if k > available:
                 raise ConfigError(

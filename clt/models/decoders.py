@@ -178,7 +178,7 @@ class PerTargetDecoders(Decoders):
 class LowRankDecoders(Decoders):
     """The matrix of the nearest target, plus for each further one a product of two thin ones.
 
-    Source: the low-rank proposal of SCIENCE's window section: W_dec_{s->t} = W_dec_{s->s} + U_{s->t} V_{s->t}.
+    For dictionaries too large to store a full matrix per pair, where what a feature writes changes little over layers.
     """
 
     def __init__(self, config: CLTConfig, parameters: dict[str, nn.ParameterList]) -> None:

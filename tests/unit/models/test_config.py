@@ -26,7 +26,8 @@ SIZE = {"num_features": 8, "num_layers": 3, "d_model": 4}
         ({"jumprelu_reach": "encoder"}, "jumprelu_reach = 'encoder' is not one of"),
         ({"ranking": "zscore"}, "ranking = 'zscore' is not one of 'norm', 'value'"),
         ({"activation_fn": "topk", "topk_k": 0}, "topk_k = 0 must be greater than 0"),
-        ({"activation_fn": "topk", "topk_k": 9}, "topk_k = 9 is more than the 8 features"),
+        ({"activation_fn": "topk", "topk_k": 2.5}, "topk_k = 2.5 is neither a whole number"),
+        ({"activation_fn": "topk", "topk_k": 9.0}, "topk_k = 9 is more than the 8 features"),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(options, message, monkeypatch):
