@@ -89,7 +89,7 @@ class CLTEvaluator:
         batch = batch.to(self.device)
         features = self.model.encode(batch.inputs)
         targets = batch.targets.double()
-        error = (targets - self.model.decode(features).double()).square().sum(2)
+        error = (targets - self.model.decode(features, batch.inputs).double()).square().sum(2)
         self._fired += (features > 0).sum(1).cpu()
         for kind in range(len(TokenKind)):
             chosen = batch.kind == kind
