@@ -22,9 +22,11 @@ from transformers import AutoModelForCausalLM, GPT2Config
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from clt.activation_generation.scramble import scramble
 from clt.data import ActivationWriter, DatasetInfo, LocalActivationStore, RemoteActivationStore
+from clt.data.background import Background
 from clt.data.client import ServerClient
 from clt.data.rows import DATA_START
 from clt.lm import ModelAdapter
+from clt.types import ActivationBatch
 from tests.contracts.serving import serving
 
 LAYERS, WIDTH, ROWS, CONTEXT, BATCH = 6, 256, 16, 128, 2048
@@ -63,9 +65,9 @@ def measure_generation(folder: Path, n_tokens: int, dtype: str) -> dict[str, flo
 
     def to_disk() -> int:
         target = Path(tempfile.mkdtemp(dir=folder))
-        with ActivationWriter(target, info, dtype=dtype, shard_tokens=65_536) as writer:
+        with ActivationWriter(target, info, dtype=dtype, shard_tokens=65_536) as writer, Background() as background:
             for inputs in batches:
-                writer.append(adapter.capture(inputs))
+                background.do(writer.append, adapter.capture(inputs))
         to_disk.folder = target
         return n_tokens
 
@@ -83,12 +85,10 @@ def measure_generation(folder: Path, n_tokens: int, dtype: str) -> dict[str, flo
 def write_random(folder: Path, n_tokens: int, dtype: str) -> Path:
     """Normal activations, so that the host's speed does not matter."""
     info = DatasetInfo(model_name="random", dataset="random", split="train", num_layers=LAYERS, d_model=WIDTH)
-    adapter_like = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     with ActivationWriter(folder, info, dtype=dtype, shard_tokens=65_536) as writer:
         for start in range(0, n_tokens, 8192):
-            values = torch.randn(2, LAYERS, 8192, WIDTH, generator=adapter_like)
-            from clt.types import ActivationBatch
-
+            values = torch.randn(2, LAYERS, 8192, WIDTH, generator=rng)
             writer.append(
                 ActivationBatch(
                     inputs=values[0],

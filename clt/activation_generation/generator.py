@@ -15,6 +15,7 @@ from clt.activation_generation.corpus import dataset_folder, host_path, is_world
 from clt.activation_generation.packing import TextPacker, Tokenizer
 from clt.activation_generation.publish import Publisher
 from clt.config import ActivationConfig
+from clt.data.background import Background
 from clt.data.client import ServerClient
 from clt.data.codecs import Codec
 from clt.data.files import write_file
@@ -206,7 +207,11 @@ class ActivationGenerator:
         limit = self.config.target_total_tokens
         total = 0
         # disable=None: no bar where nobody looks (a file, a pipe).
-        with tqdm(total=limit, unit=" tokens", unit_scale=True, file=sys.stderr, disable=None) as bar:
+        # The writer shuffles, measures and saves a batch while the host is at the next one.
+        with (
+            tqdm(total=limit, unit=" tokens", unit_scale=True, file=sys.stderr, disable=None) as bar,
+            Background() as background,
+        ):
             for rows in self._batches(adapter):
                 inputs = rows.prepare(adapter)
                 n_tokens = self._count(inputs)
@@ -214,7 +219,7 @@ class ActivationGenerator:
                     n_tokens = min(n_tokens, limit - total)
                 writer = writers.get(rows.split)
                 if writer is not None and rows.mark >= writer.resume_mark and n_tokens > 0:
-                    writer.append(self._capture(adapter, inputs, rows, n_tokens), mark=rows.mark)
+                    background.do(writer.append, self._capture(adapter, inputs, rows, n_tokens), mark=rows.mark)
                 total += n_tokens
                 bar.update(n_tokens)
                 if limit is not None and total >= limit:
