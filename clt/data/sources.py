@@ -150,9 +150,12 @@ class Hdf5Source(LocalSource):
 
 def _chosen(runs: list[Run]) -> tuple[slice | Int64[np.ndarray, " token"], int]:
     """Runs of one shard as an index: a slice if they are neighbours."""
-    if all(before.stop == after.start for before, after in itertools.pairwise(runs)):
+    _, starts, stops = np.array(runs, dtype=np.int64).T
+    if np.array_equal(stops[:-1], starts[1:]):
         return slice(runs[0].start, runs[-1].stop), runs[-1].stop - runs[0].start
-    rows = np.concatenate([np.arange(run.start, run.stop) for run in runs])
+    lengths = stops - starts
+    before = np.cumsum(lengths) - lengths
+    rows = np.repeat(starts - before, lengths) + np.arange(lengths.sum())
     return rows, len(rows)
 
 
