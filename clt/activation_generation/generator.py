@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
@@ -13,17 +13,24 @@ from tqdm import tqdm
 from clt.activation_generation.batches import SPLITS, BatchPlanner, RowBatch, Split
 from clt.activation_generation.corpus import dataset_folder, host_path, is_world, model_folder, samples_of
 from clt.activation_generation.packing import TextPacker, Tokenizer
+from clt.activation_generation.publish import Publisher
 from clt.config import ActivationConfig
+from clt.data.client import ServerClient
 from clt.data.codecs import Codec
 from clt.data.files import write_file
 from clt.data.metadata import METADATA_FILE, DatasetInfo, read_json
 from clt.data.progress import require_same_plan
+from clt.data.sources import read_metadata
 from clt.data.writer import ActivationWriter
 from clt.errors import DatasetError
 from clt.lm import HostInputs, ModelAdapter
 from clt.types import ActivationBatch, TokenKind
 
-WHERE_ONLY = ("activation_dir", "device", "cache_path", "dataset_trust_remote_code", "streaming")
+WHERE_ONLY = (
+    *("activation_dir", "device", "cache_path", "dataset_trust_remote_code", "streaming", "compute_norm_stats"),
+    *("remote_server_url", "delete_after_upload", "upload_max_retries", "upload_initial_backoff"),
+    *("upload_max_backoff", "storage_type", "enable_profiling"),
+)
 """Options that say where or how to work, not what comes out."""
 
 
@@ -76,19 +83,46 @@ class ActivationGenerator:
             DatasetError: other options than before, a corpus that cannot be read, a full disk.
             HostModelError: the host cannot be loaded or hooked.
         """
-        if not self.is_finished:
-            adapter = self._adapter or self._load_host()
-            with ExitStack() as stack:
-                writers: dict[Split, ActivationWriter] = {
-                    split: stack.enter_context(self._writer(split, folder, adapter))
-                    for split, folder in self.splits.items()
-                    if not (folder / METADATA_FILE).exists()
-                }
-                with torch.no_grad():
-                    self._write(adapter, writers)
-                self._require_tokens(writers)
-            self._list_skipped()
+        with ExitStack() as uploads:
+            publishers: dict[Split, Publisher | None] = {
+                split: self._publisher(split, uploads) for split in self.splits
+            }
+            if not self.is_finished:
+                self._make(publishers)
+            for split, publisher in publishers.items():
+                if publisher is not None:
+                    publisher.finish(read_metadata(self.splits[split]).shards)
         return self.folder
+
+    def _make(self, publishers: Mapping[Split, Publisher | None]) -> None:
+        adapter = self._adapter or self._load_host()
+        with ExitStack() as stack:
+            writers: dict[Split, ActivationWriter] = {
+                split: stack.enter_context(self._writer(split, folder, adapter, publishers[split]))
+                for split, folder in self.splits.items()
+                if not (folder / METADATA_FILE).exists()
+            }
+            with torch.no_grad():
+                self._write(adapter, writers)
+            self._require_tokens(writers)
+        self._list_skipped()
+
+    def _publisher(self, split: Split, uploads: ExitStack) -> Publisher | None:
+        config = self.config
+        if config.remote_server_url is None:
+            return None
+        client = ServerClient(
+            config.remote_server_url,
+            str(self.splits[split].relative_to(config.activation_dir)),
+            timeout_seconds=300,
+            attempts=config.upload_max_retries + 1,
+            first_pause_seconds=config.upload_initial_backoff,
+            longest_pause_seconds=config.upload_max_backoff,
+        )
+        uploads.callback(client.close)
+        publisher = Publisher(self.splits[split], client, delete_after_upload=config.delete_after_upload)
+        uploads.callback(publisher.close)
+        return publisher
 
     def _load_host(self) -> ModelAdapter:
         config = self.config
@@ -100,7 +134,9 @@ class ActivationGenerator:
             output_template=config.mlp_output_module_path_template,
         )
 
-    def _writer(self, split: Split, folder: Path, adapter: ModelAdapter) -> ActivationWriter:
+    def _writer(
+        self, split: Split, folder: Path, adapter: ModelAdapter, publisher: Publisher | None
+    ) -> ActivationWriter:
         config = self.config
         info = DatasetInfo(
             model_name=config.model_name,
@@ -119,6 +155,7 @@ class ActivationGenerator:
             seed=config.seed,
             codec=self._codec,
             resume=True,
+            on_shard=publisher.shard if publisher else None,
         )
 
     def _options(self) -> dict[str, Any]:

@@ -65,6 +65,20 @@ class ActivationConfig(Config):
     """Accepted for old command lines; statistics are always written, because they cost nothing here."""
     chunk_token_threshold: int = 262_144
     """Tokens per shard."""
+    remote_server_url: str | None = None
+    """Upload the data set to this activation server while it is made (token: environment variable CLT_SERVER_TOKEN)."""
+    delete_after_upload: bool = False
+    """Delete each shard here once the server has it and its checksum agrees."""
+    upload_max_retries: int = 5
+    """How often an upload request is tried again."""
+    upload_initial_backoff: float = 1.0
+    """Seconds before the first retry; doubled each time."""
+    upload_max_backoff: float = 30.0
+    """Longest pause between retries, in seconds."""
+    storage_type: Literal["local", "remote"] = "local"
+    """Accepted for old command lines; `remote_server_url` alone decides about uploading."""
+    enable_profiling: bool = False
+    """Accepted for old command lines; `benchmarks/activations.py` measures."""
     seed: int = 42
     """Seed of the shuffle at writing and of the held-out choice."""
     device: str | None = None
@@ -81,6 +95,11 @@ class ActivationConfig(Config):
             chunk_token_threshold=self.chunk_token_threshold,
         )
         require_one_of(owner, "activation_dtype", self.activation_dtype, ("float32", "bfloat16", "float16", "int8"))
+        if self.remote_server_url is None and (self.delete_after_upload or self.storage_type == "remote"):
+            raise ConfigError(
+                f"{owner}.remote_server_url is not set, but delete_after_upload = {self.delete_after_upload} and "
+                f"storage_type = {self.storage_type!r} ask for an upload. Give --remote-server-url."
+            )
         if not 0 <= self.held_out_fraction < 1:
             raise ConfigError(f"{owner}.held_out_fraction = {self.held_out_fraction} must be in [0, 1).")
         templates = (self.mlp_input_module_path_template, self.mlp_output_module_path_template)

@@ -2,7 +2,7 @@
 
 from clt.data.metadata import DatasetInfo, Metadata
 from clt.data.statistics import SideStatistics, Statistics
-from clt.data.stores import BaseActivationStore, LocalActivationStore
+from clt.data.stores import BaseActivationStore, LocalActivationStore, RemoteActivationStore
 from clt.data.writer import ActivationWriter
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "DatasetInfo",
     "LocalActivationStore",
     "Metadata",
+    "RemoteActivationStore",
     "SideStatistics",
     "Statistics",
 ]

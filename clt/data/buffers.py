@@ -1,6 +1,7 @@
 """Memory for batches, used again once nobody holds the batch that lay in it."""
 
 import sys
+import threading
 
 import numpy as np
 import torch
@@ -20,16 +21,18 @@ class BufferPool:
 
     def __init__(self, keep: int = 4) -> None:
         self._keep = keep
+        self._lock = threading.Lock()
         self._arrays: list[np.ndarray] = []
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Shaped[Tensor, "..."]:
         """A tensor of undefined content that shares no memory with any other living tensor."""
         n_bytes = int(np.prod(shape)) * dtype.itemsize
-        array = self._free(n_bytes)
-        if array is None:
-            array = np.empty(n_bytes, np.uint8)
-            self._arrays = [*self._arrays[-(self._keep - 1) :], array]
-        return torch.from_numpy(array).view(dtype).view(shape)
+        with self._lock:  # until the tensor holds its reference, another thread would find the array free
+            array = self._free(n_bytes)
+            if array is None:
+                array = np.empty(n_bytes, np.uint8)
+                self._arrays = [*self._arrays[-(self._keep - 1) :], array]
+            return torch.from_numpy(array).view(dtype).view(shape)
 
     def _free(self, n_bytes: int) -> np.ndarray | None:
         for index in range(len(self._arrays)):

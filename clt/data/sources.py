@@ -197,7 +197,15 @@ def open_local(path: str | Path) -> ShardSource:
         DatasetError: the folder is missing, unfinished, damaged, or of an unknown format.
     """
     folder = data_folder(path)
-    metadata = read_metadata(folder)
+    return open_metadata(folder, read_metadata(folder))
+
+
+def open_metadata(folder: Path, metadata: Metadata) -> ShardSource:
+    """Open the shards that some metadata lists.
+
+    Raises:
+        DatasetError: one of them is missing or damaged, or the format is unknown.
+    """
     sources = {ROWS_FORMAT: RowSource, HDF5_FORMAT: Hdf5Source}
     if metadata.format not in sources:
         raise DatasetError(

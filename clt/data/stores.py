@@ -1,14 +1,18 @@
 """Stores: endless iterators of shuffled batches whose whole state is a few integers."""
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
 from clt.config.base import require_positive
+from clt.data.client import ServerClient
 from clt.data.metadata import Metadata
+from clt.data.prefetch import ReadAhead
+from clt.data.remote import RemoteSource
 from clt.data.sampler import Run, RunSampler, SamplingStrategy
 from clt.data.sources import Rows, ShardSource, open_local
 from clt.data.statistics import Statistics
@@ -70,6 +74,7 @@ class ManifestActivationStore(BaseActivationStore):
         drop_last: leave out the remainder of an epoch (other tokens each epoch), so that all batches have one size.
         sampling_strategy: mixed, random_chunk or sequential; see `RunSampler`.
         run_tokens: neighbouring rows that stay together under `mixed`; 1 is a full shuffle.
+        prefetch_batches: read so many batches ahead in the background; None: 2 on a GPU, else 0.
     """
 
     def __init__(
@@ -83,6 +88,7 @@ class ManifestActivationStore(BaseActivationStore):
         drop_last: bool = False,
         sampling_strategy: SamplingStrategy = "mixed",
         run_tokens: int = 16,
+        prefetch_batches: int | None = None,
     ) -> None:
         require_positive(type(self).__name__, batch_size_tokens=batch_size_tokens, run_tokens=run_tokens)
         self.source = source
@@ -97,6 +103,9 @@ class ManifestActivationStore(BaseActivationStore):
         self._sampling_strategy = sampling_strategy
         self._epoch = 0
         self._step = 0
+        if prefetch_batches is None:
+            prefetch_batches = 2 if self.device.type == "cuda" else 0
+        self._ahead = ReadAhead(prefetch_batches)
         if drop_last and batch_size_tokens > self._sampler.total:
             raise DatasetError(
                 f"The data set has {self._sampler.total:,} tokens, fewer than one batch of {batch_size_tokens:,}, and "
@@ -135,11 +144,9 @@ class ManifestActivationStore(BaseActivationStore):
         return self.steps_per_epoch
 
     def __next__(self) -> ActivationBatch:
-        batch = self._deliver(self.source.read(self._sampler.batch(self._epoch, self._step)))
-        self._step += 1
-        if self._step >= self.steps_per_epoch:
-            self._epoch, self._step = self._epoch + 1, 0
-        return batch
+        rows = self._ahead.next(self._reads())
+        self._epoch, self._step = self._after(self._epoch, self._step)
+        return self._deliver(rows)
 
     def one_pass(self) -> Iterator[ActivationBatch]:
         """Every token once, in stored order; does not move the endless stream."""
@@ -196,6 +203,19 @@ class ManifestActivationStore(BaseActivationStore):
                     "order of its rows is another one. Use the same data set and options, or start without the state."
                 )
         self._epoch, self._step = int(state["epoch"]), int(state["step"])
+        self._ahead.forget()
+
+    def _after(self, epoch: int, step: int) -> tuple[int, int]:
+        return (epoch, step + 1) if step + 1 < self.steps_per_epoch else (epoch + 1, 0)
+
+    def _reads(self) -> Iterator[Callable[[], Rows]]:
+        """The next reads in order, without end, beginning after those already begun."""
+        epoch, step = self._epoch, self._step
+        for _ in range(self._ahead.n_begun):
+            epoch, step = self._after(epoch, step)
+        while True:
+            yield functools.partial(self.source.read, self._sampler.batch(epoch, step))
+            epoch, step = self._after(epoch, step)
 
     def _fixed(self) -> dict[str, int]:
         return {
@@ -208,7 +228,10 @@ class ManifestActivationStore(BaseActivationStore):
         }
 
     def _deliver(self, stored: Rows) -> ActivationBatch:
-        rows = stored.rows.to(self.device, self.dtype)
+        rows = stored.rows
+        if self.device.type == "cuda":
+            rows = rows.pin_memory()
+        rows = rows.to(self.device, self.dtype, non_blocking=True)
         return ActivationBatch(
             inputs=rows[:, 0].transpose(0, 1),
             targets=rows[:, 1].transpose(0, 1),
@@ -242,6 +265,7 @@ class LocalActivationStore(ManifestActivationStore):
         drop_last: bool = False,
         sampling_strategy: SamplingStrategy = "mixed",
         run_tokens: int = 16,
+        prefetch_batches: int | None = None,
     ) -> None:
         super().__init__(
             open_local(path),
@@ -252,4 +276,39 @@ class LocalActivationStore(ManifestActivationStore):
             drop_last=drop_last,
             sampling_strategy=sampling_strategy,
             run_tokens=run_tokens,
+            prefetch_batches=prefetch_batches,
         )
+
+
+class RemoteActivationStore(ManifestActivationStore):
+    """A store over a data set on an activation server, ours or crosslayer-coding's.
+
+    Args:
+        server_url: such as `http://127.0.0.1:8000`.
+        dataset_id: `<model>/<corpus>_<split>`.
+        token: None: from the environment variable CLT_SERVER_TOKEN.
+        timeout_seconds: for each request.
+        max_retries: how often a request is tried again.
+        client: instead of all of the above.
+        options: see `ManifestActivationStore`.
+
+    Raises:
+        DatasetError: no such data set, or no answer.
+    """
+
+    def __init__(
+        self,
+        server_url: str = "",
+        dataset_id: str = "",
+        *,
+        token: str | None = None,
+        timeout_seconds: float = 60.0,
+        max_retries: int = 3,
+        client: ServerClient | None = None,
+        prefetch_batches: int | None = 4,
+        **options: Any,
+    ) -> None:
+        client = client or ServerClient(
+            server_url, dataset_id, token=token, timeout_seconds=timeout_seconds, attempts=max_retries + 1
+        )
+        super().__init__(RemoteSource(client), prefetch_batches=prefetch_batches, **options)

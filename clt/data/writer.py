@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,6 +21,7 @@ from clt.data.metadata import (
     STATISTICS_FILE,
     DatasetInfo,
     Metadata,
+    ShardRecord,
     index_bytes,
     library_versions,
     now,
@@ -50,6 +52,7 @@ class ActivationWriter:
         seed: of the shuffle.
         codec: the format of the files.
         resume: go on with an unfinished folder instead of starting it anew.
+        on_shard: called with each shard once it is finished and will not be written again.
 
     Raises:
         DatasetError: the folder is finished, was begun with other arguments, or the disk is full.
@@ -65,10 +68,12 @@ class ActivationWriter:
         seed: int = 42,
         codec: Codec | None = None,
         resume: bool = False,
+        on_shard: Callable[[ShardRecord], None] | None = None,
     ) -> None:
         self.codec = codec or Codec()
         _check_dtype(dtype, self.codec)
         self.folder = Path(folder)
+        self._on_shard = on_shard
         self.info = info
         self.layout = RowLayout(info.num_layers, info.d_model, dtype)
         self.shard_tokens = shard_tokens
@@ -87,6 +92,11 @@ class ActivationWriter:
     def resume_mark(self) -> int:
         """Number of the first batch that is still needed; 0 for a new data set."""
         return self._progress.mark
+
+    @property
+    def finished_shards(self) -> tuple[ShardRecord, ...]:
+        """The shards that will not be written again."""
+        return self._progress.shards
 
     @property
     def total_tokens(self) -> int:
@@ -241,6 +251,8 @@ class ActivationWriter:
             codec=self._error.state() if self._error else {},
         )
         save_progress(self.folder, self._progress, self._statistics)
+        if self._on_shard is not None:
+            self._on_shard(record)
 
     def _metadata(self) -> Metadata:
         progress = self._progress

@@ -1,6 +1,6 @@
 """Put a transcoder in place of a host's MLPs and measure how faithful the host stays, on held-out text or pictures.
 
-    clt fidelity --model gpt2 --clt runs/gpt2 --dataset held_out.jsonl --show 3
+clt fidelity --model gpt2 --clt runs/gpt2 --dataset held_out.jsonl --show 3
 """
 
 from __future__ import annotations
@@ -135,5 +135,3 @@ def main(options: Options) -> None:
             shown, model.generate(shown, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size)
         ):
             print(f"{name:>11} | {sample.prompt} [...]{answer}".replace("\n", " "))
-
-

@@ -72,7 +72,7 @@ class LossManager:
         return Losses(
             self._reconstruction(model, error),
             self._sparsity(model, forward, step) if self._charges(model) else zero,
-            self._preactivation(model, forward) if model.config.activation_fn == "jumprelu" else zero,
+            self._preactivation(model, forward, dead) if self._pulls(model, dead) else zero,
             self._auxiliary(model, inputs, error.detach(), dead) if self._revives(model) and dead.any() else zero,
         )
 
@@ -81,6 +81,11 @@ class LossManager:
         fn = model.config.activation_fn
         paying = fn in ("relu", "jumprelu") or (fn == "batchtopk" and self.config.apply_sparsity_penalty_to_batchtopk)
         return paying and self.config.sparsity_lambda > 0
+
+    def _pulls(self, model: CrossLayerTranscoder, dead: Tensor) -> bool:
+        """Whether silent features are pulled back: jumprelu's all the time, topk's and batchtopk's once dead."""
+        fn = model.config.activation_fn
+        return fn == "jumprelu" or (fn != "relu" and bool(dead.any()))
 
     def _revives(self, model: CrossLayerTranscoder) -> bool:
         return self.config.aux_loss_factor is not None and model.config.activation_fn in ("topk", "batchtopk")
@@ -103,12 +108,19 @@ class LossManager:
             price = price / len(forward.reconstruction)
         return sparsity_weight(self.config, step) * price
 
-    def _preactivation(self, model: CrossLayerTranscoder, forward: TrainingForward) -> Tensor:
-        """Pulls silent features towards their threshold (Anthropic, January 2025), so that they do not stay dead."""
+    def _preactivation(self, model: CrossLayerTranscoder, forward: TrainingForward, dead: Tensor) -> Tensor:
+        """Pulls silent features towards their threshold (Anthropic, January 2025), so that they do not stay dead.
+
+        In topk and batchtopk only dead features are pulled. One whose pre-activation is negative on every token gets
+        no gradient from AuxK either, whose reconstruction is rectified; this is what brings it back.
+        """
         layers = range(model.config.num_layers)
         h = forward.preactivations
         if self.config.preactivation_form == "negative":
             return self.config.preactivation_coef * sum_of((-h[layer]).relu().mean() for layer in layers) / len(h)
+        if model.config.activation_fn in ("topk", "batchtopk"):
+            pull = sum_of(((-h[layer]).relu() * model.decoder_norm(layer) * dead[layer]).sum() for layer in layers)
+            return self.config.preactivation_coef * pull / len(h[0])
         cost = sum_of(
             ((model.threshold(layer) - h[layer]).relu() * model.decoder_norm(layer)).sum() for layer in layers
         )

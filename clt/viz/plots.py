@@ -69,7 +69,7 @@ def grouped_bars(
 ) -> Figure:
     """One group of bars per label, one bar per series, its value written on top."""
     with mpl.rc_context(_STYLE):
-        figure = _figure(max(5.2, 0.45 * len(groups) * len(series) + 1.5))
+        figure = _figure(max(5.2, 0.32 * len(groups) * len(series) + 1.3))
         axis = figure.subplots()
         width = 0.8 / len(series)
         for index, (name, values) in enumerate(series.items()):

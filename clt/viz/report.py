@@ -18,7 +18,7 @@ main { max-width: 68rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .4rem }
 h2 { font-size: 1.25rem; margin: 2.8rem 0 .6rem; padding-top: 1.2rem; border-top: 1px solid var(--line) }
 p { max-width: 46rem } .soft { color: var(--soft) }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: .8rem; margin: 1.4rem 0 }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.4rem, 1fr)); gap: .8rem; margin: 1.4rem 0 }
 .card { background: var(--wash); border-radius: .6rem; padding: .8rem 1rem }
 .card b { display: block; font-size: 1.55rem; line-height: 1.25; font-variant-numeric: tabular-nums }
 .card span { color: var(--soft); font-size: .85rem }

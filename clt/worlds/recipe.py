@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import platform
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,13 @@ def update(loss: Tensor, optim: AdamW, rates: LambdaLR) -> None:
     nn.utils.clip_grad_norm_([weight for group in optim.param_groups for weight in group["params"]], 1.0)
     optim.step()
     rates.step()
+
+
+def seconds_of(work: Callable[[], None]) -> dict[str, float]:
+    """Seconds of work: on the clock, and of processor time over all threads (a busy machine cannot spoil it)."""
+    clock, processor = time.perf_counter(), time.process_time()
+    work()
+    return {"wall": round(time.perf_counter() - clock, 1), "cpu": round(time.process_time() - processor, 1)}
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:

@@ -28,8 +28,8 @@ class TrainShapes:
     recipe: Annotated[ShapesRecipe, tyro.conf.OmitArgPrefixes] = field(default_factory=ShapesRecipe)
     output: Path | None = None
     """Folder for the host; default: the one inside the package."""
-    threads: int = 2
-    """Threads for torch."""
+    threads: int = 1
+    """Threads for torch; one is the surest choice on a machine that has other work to do."""
 
 
 @dataclass(frozen=True, kw_only=True)

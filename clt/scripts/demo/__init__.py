@@ -1,7 +1,7 @@
 """The whole job on the embedded vision-language model, in minutes, without any download.
 
-A tiny LLaVA that really hallucinates -> its activations -> a cross-layer and a per-layer transcoder -> both put in place
-of the MLPs -> benchmark scores of host and replacements -> figures, `report.html` and `summary.json`.
+A tiny LLaVA that really hallucinates -> its activations -> a cross-layer and a per-layer transcoder -> both put in
+place of the MLPs -> benchmark scores of host and replacements -> figures, `report.html` and `summary.json`.
 
 Stopped with Ctrl-C, the same command goes on where it was.
 """

@@ -36,7 +36,7 @@ WINDOWS = {"clt": None, "plt": 1}
 class Amounts:
     """How much of everything the demo does."""
 
-    tokens: int
+    scenes: int
     steps: int
     batch_tokens: int
     questions: int
@@ -46,8 +46,8 @@ class Amounts:
     k: int = 16
 
 
-FULL = Amounts(tokens=400_000, steps=1500, batch_tokens=2048, questions=900, descriptions=300, fidelity_samples=300)
-QUICK = Amounts(tokens=150_000, steps=500, batch_tokens=1024, questions=150, descriptions=60, fidelity_samples=60)
+FULL = Amounts(scenes=16_000, steps=1000, batch_tokens=1024, questions=900, descriptions=300, fidelity_samples=300)
+QUICK = Amounts(scenes=4_000, steps=300, batch_tokens=1024, questions=300, descriptions=100, fidelity_samples=100)
 
 
 class Demo:
@@ -142,7 +142,7 @@ class Demo:
             model_name=f"world:{self.options.world}",
             dataset_path=f"world:{self.options.world}",
             activation_dir=str(folder),
-            target_total_tokens=self.amounts.tokens,
+            max_samples=self.amounts.scenes,
             inference_batch_size=128,
         )
         data = ActivationGenerator(config).run()
@@ -208,13 +208,17 @@ class Demo:
 
 
 def training_config(amounts: Amounts) -> TrainingConfig:
-    """The demo's training options (docs/benchmarks.md shows what was tried)."""
+    """The demo's training options; docs/benchmarks.md shows what was tried.
+
+    A small dictionary on a narrow host takes a high learning rate, and a short dead-feature window with a strong AuxK
+    keeps nearly every feature alive without costing error.
+    """
     return TrainingConfig(
         training_steps=amounts.steps,
         train_batch_size_tokens=amounts.batch_tokens,
-        learning_rate=4e-3,
-        k_anneal_steps=amounts.steps // 3,
-        dead_feature_window=50 * amounts.batch_tokens,
+        learning_rate=6e-3,
+        aux_loss_factor=1.0,
+        dead_feature_window=3 * amounts.batch_tokens,
         eval_interval=max(1, amounts.steps // 5),
         checkpoint_interval=max(1, amounts.steps // 5),
     )

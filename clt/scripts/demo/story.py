@@ -13,6 +13,7 @@ from clt.config.base import write_text_atomically
 from clt.scripts.demo import Options
 from clt.training.run_folder import versions
 from clt.viz import plots, report
+from clt.worlds.shapes.score import mentioned
 
 NAMES = {"clt": "CLT", "plt": "PLT"}
 CATEGORIES = ("random", "popular", "adversarial")
@@ -94,8 +95,9 @@ def _hallucination(world: Any, results: Mapping[str, Any], summary: Mapping[str,
         report.paragraph(
             f"Yes/no questions ({pope['n']}, in the way of POPE): {pope['accuracy']:.1f} % right; by kind of negative: "
             f"{categories}. Adversarial negatives ask for the usual companion of something in the picture. "
-            f"Descriptions ({amber['n']}, in the way of AMBER): CHAIR {amber['chair']:.1f}, Cover {amber['cover']:.1f}, "
-            f"Hal {amber['hal']:.1f}, Cog {amber['cog']:.1f}. Words for objects that are not there are marked."
+            f"Descriptions ({amber['n']}, in the way of AMBER): CHAIR {amber['chair']:.1f}, "
+            f"Cover {amber['cover']:.1f}, Hal {amber['hal']:.1f}, Cog {amber['cog']:.1f}. "
+            "Words for objects that are not there are marked."
         ),
         report.scenes(_scene_pieces(world, results)),
     ]
@@ -105,14 +107,14 @@ def _scene_pieces(world: Any, results: Mapping[str, Any], count: int = 6) -> lis
     """The first held-out scenes, half of them with an invented object."""
     host, clt = results["host"]["descriptions"], results["clt-replacement"]["descriptions"]
     samples = world.descriptions("held_out", len(host))
-    wrong = [set(world.mentioned(text)) - set(s.meta["truth"]) for s, text in zip(samples, host, strict=True)]
+    wrong = [set(mentioned(text)) - set(s.meta["truth"]) for s, text in zip(samples, host, strict=True)]
     invented = [index for index, words in enumerate(wrong) if words][: count // 2]
     faithful = [index for index, words in enumerate(wrong) if not words][: count - len(invented)]
     pieces = []
     for index in sorted(invented + faithful):
         sample = samples[index]
         texts = {"there": ", ".join(sample.meta["truth"]), "host": host[index], "with the CLT": clt[index]}
-        absent = (set(world.mentioned(host[index])) | set(world.mentioned(clt[index]))) - set(sample.meta["truth"])
+        absent = (set(mentioned(host[index])) | set(mentioned(clt[index]))) - set(sample.meta["truth"])
         pieces.append(report.scene(sample.images[0], texts, absent))
     return pieces
 
@@ -124,7 +126,7 @@ def _transcoders(results: Mapping[str, Any], summary: Mapping[str, Any]) -> list
     by_kind = {kind: values for kind, values in summary["clt"]["nmse_per_kind"].items() if kind in ("text", "image")}
     items = [
         (plots.training_curves({label: results[name]["metrics"] for name, label in NAMES.items()}),
-         "Error during training. k falls from a multiple of its final value, which keeps features alive."),
+         "Error during training; the learning rate falls over the last fifth."),
         (plots.grouped_bars(labels, by_layer, "NMSE, held out", digits=3),
          "Share of each MLP output's variance that is not explained, on held-out tokens (lower is better)."),
         (plots.grouped_bars(labels, by_kind, "NMSE, held out", digits=3),
@@ -136,10 +138,10 @@ def _transcoders(results: Mapping[str, Any], summary: Mapping[str, Any]) -> list
     return [
         report.heading("The transcoders"),
         report.paragraph(
-            f"Each feature reads the input of one MLP. A CLT feature writes to the output of that MLP and of all later "
-            f"ones; the per-layer transcoder (PLT) beside it, trained on the same tokens in the same order, writes only "
-            f"to its own. {clt['features_per_layer']} features per layer, {clt['l0']:.1f} active per token and layer; "
-            f"{clt['n_tokens']:,} held-out tokens."
+            "Each feature reads the input of one MLP. A CLT feature writes to the output of that MLP and of all "
+            "later ones; the per-layer transcoder (PLT) beside it, trained on the same tokens in the same order, "
+            f"writes only to its own. {clt['features_per_layer']} features per layer, {clt['l0']:.1f} active per token "
+            f"and layer; {clt['n_tokens']:,} held-out tokens."
         ),
         report.figures([(plots.svg(figure), caption) for figure, caption in items]),
     ]
@@ -169,7 +171,7 @@ def _replacement(summary: Mapping[str, Any]) -> list[str]:
                     plots.svg(plots.grouped_bars([m.capitalize() for m in measures], amber, "%")),
                     "Descriptions: CHAIR, Hal and Cog lower is better, Cover higher.",
                 ),
-            ]  # fmt: skip
+            ]
         ),
     ]
 

@@ -7,7 +7,6 @@ on what the annotators wrote, packed behind each image.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from jaxtyping import Float
 from torch.nn.functional import cross_entropy
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from clt.worlds.recipe import optimiser, schedule, update, write_record
+from clt.worlds.recipe import optimiser, schedule, seconds_of, update, write_record
 from clt.worlds.shapes.batches import Images, PackedBatch, Packer, images, scenes
 from clt.worlds.shapes.evaluation import evaluate
 from clt.worlds.shapes.host import HostSize, image_features, make_model, make_processor
@@ -87,11 +86,11 @@ def train_shapes(recipe: ShapesRecipe, folder: Path, report: Report) -> dict[str
     processor = make_processor()
     model = make_model(recipe.size, processor.tokenizer, recipe.seed)
     alignment = Alignment(model, processor, recipe.temperature)
-    start = time.perf_counter()
-    align_vision(model, alignment, recipe, report)
-    aligned = time.perf_counter()
-    train_end_to_end(model, alignment, Packer(processor, recipe.questions, recipe.caption_share), recipe, report)
-    seconds = {"alignment": round(aligned - start, 1), "end_to_end": round(time.perf_counter() - aligned, 1)}
+    packer = Packer(processor, recipe.questions, recipe.caption_share)
+    seconds = {
+        "alignment": seconds_of(lambda: align_vision(model, alignment, recipe, report)),
+        "end_to_end": seconds_of(lambda: train_end_to_end(model, alignment, packer, recipe, report)),
+    }
     folder.mkdir(parents=True, exist_ok=True)
     save_host(model, folder)
     processor.save_pretrained(folder)

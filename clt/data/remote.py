@@ -1,0 +1,117 @@
+"""Rows behind an activation server, ours or crosslayer-coding's."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from clt.data.client import ServerClient
+from clt.data.manifest import tokens_per_chunk
+from clt.data.metadata import STATISTICS_FILE, DatasetInfo, Metadata, ShardRecord, metadata_from_json
+from clt.data.rows import DTYPES, RowLayout
+from clt.data.sampler import Run
+from clt.data.sources import Rows, ShardSource
+from clt.data.statistics import Statistics, read_statistics
+from clt.data.wire import unpack_rows
+from clt.errors import DatasetError
+
+
+class RemoteSource(ShardSource):
+    """One request per batch from our server; one per chunk and batch from crosslayer-coding's.
+
+    Raises:
+        DatasetError: no such data set, no answer, or an answer that makes no sense.
+    """
+
+    def __init__(self, client: ServerClient) -> None:
+        self.client = client
+        self._is_ours = client.is_ours()
+        self.metadata = self._read_metadata()
+        info = self.metadata.info
+        self.layout = RowLayout(info.num_layers, info.d_model, self.metadata.dtype)
+
+    def read(self, runs: list[Run]) -> Rows:
+        total = sum(run.stop - run.start for run in runs)
+        shape = (total, 2, self.layout.num_layers, self.layout.d_model)
+        if self._is_ours:
+            data = self.client.post("rows", {"runs": runs})
+            return unpack_rows(data, self.client.where, shape, self.layout.value_dtype)
+        rows = torch.empty(shape, dtype=self.layout.value_dtype)
+        places = _places(runs)
+        for shard, (at, wanted) in places.items():
+            rows[torch.from_numpy(at)] = self._slice(shard, wanted)
+        unknown = torch.full((total,), -1)
+        return Rows(rows, unknown, unknown.int(), torch.zeros(total, dtype=torch.uint8))
+
+    def statistics(self) -> Statistics:
+        info = self.metadata.info
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / STATISTICS_FILE
+            path.write_bytes(self.client.get("norm_stats"))
+            return read_statistics(path, info.num_layers, info.d_model, self.metadata.total_tokens)
+
+    def verify(self) -> None:
+        """Checksums are the server's own business; what it sends is checked for size."""
+
+    def _slice(self, shard: int, wanted: np.ndarray) -> torch.Tensor:
+        number = int(self.metadata.shards[shard].file.split("_")[1].split(".")[0])
+        data = self.client.post(f"slice?chunk={number}", {"rows": wanted.tolist()})
+        layout = self.layout
+        expected = len(wanted) * layout.row_bytes
+        if len(data) != expected:
+            raise DatasetError(
+                f"{self.client.where} sent {len(data):,} bytes for {len(wanted):,} rows of chunk {number}, but "
+                f"{expected:,} were expected as {layout.dtype}. The chunk or the metadata on the server is damaged."
+            )
+        values = torch.frombuffer(bytearray(data), dtype=layout.torch_dtype)
+        return values.view(layout.num_layers, 2, len(wanted), layout.d_model).permute(2, 1, 0, 3)
+
+    def _read_metadata(self) -> Metadata:
+        try:
+            values = json.loads(self.client.get("info"))
+            if self._is_ours and "format" in values:
+                return metadata_from_json(values)
+            return self._seed_metadata(values)
+        except (KeyError, TypeError, ValueError) as error:
+            raise DatasetError(f"{self.client.where}/info lacks or garbles a key ({error!r}).") from None
+
+    def _seed_metadata(self, values: dict[str, Any]) -> Metadata:
+        self._is_ours = False
+        total, dtype = int(values["total_tokens"]), values.get("dtype", "float32")
+        if dtype not in DTYPES:
+            raise DatasetError(f"{self.client.where} says dtype = {dtype!r}, which is not one of {', '.join(DTYPES)}.")
+        counts = tokens_per_chunk(self.client.get("manifest"), f"{self.client.where}/manifest", total)
+        info = DatasetInfo(
+            model_name=str(values.get("model_name", "unknown")),
+            dataset=str(values.get("dataset", "unknown")),
+            split=str(values.get("split", "unknown")),
+            num_layers=int(values["num_layers"]),
+            d_model=int(values["d_model"]),
+        )
+        return Metadata(
+            info=info,
+            format="remote",
+            dtype=dtype,
+            total_tokens=total,
+            shard_tokens=max(counts.values()),
+            shards=tuple(ShardRecord(file=f"chunk_{number}.h5", tokens=n) for number, n in sorted(counts.items())),
+        )
+
+
+def _places(runs: list[Run]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """For each shard: where in the batch its rows go, and which rows those are, ascending."""
+    found: dict[int, list[np.ndarray]] = {}
+    at = 0
+    for shard, start, stop in runs:
+        pairs = np.stack([np.arange(at, at + stop - start), np.arange(start, stop)])
+        found.setdefault(shard, []).append(pairs)
+        at += stop - start
+    places = {}
+    for shard, parts in found.items():
+        pairs = np.concatenate(parts, axis=1)
+        pairs = pairs[:, np.argsort(pairs[1], kind="stable")]
+        places[shard] = (pairs[0], pairs[1])
+    return places

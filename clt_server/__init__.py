@@ -1,0 +1,1 @@
+"""The activation server under the name crosslayer-coding's users know."""
