@@ -14,7 +14,8 @@ from clt.errors import ConfigError
 # reported and saved, and how long one session lasts.
 BOOKKEEPING = frozenset(
     {
-        *("activation_source", "activation_path", "remote_config"),
+        *("activation_source", "activation_path", "remote_config", "server_url", "dataset_id"),
+        *("remote_timeout", "remote_max_retries", "remote_prefetch_batches"),
         *("log_interval", "eval_interval", "eval_batches"),
         *("checkpoint_interval", "keep_checkpoints", "milestone_interval", "write_final_folder"),
         *("time_limit_minutes", "skip_nonfinite_steps", "debug_anomaly"),
@@ -22,6 +23,7 @@ BOOKKEEPING = frozenset(
         *("enable_trackio", "trackio_project"),
     }
 )
+_REMOTE = ("server_url", "dataset_id", "remote_timeout", "remote_max_retries", "remote_prefetch_batches")
 # Fields of crosslayer-coding's TrainingConfig that nothing read, or that only printed.
 _WITHOUT_EFFECT = frozenset(
     {
@@ -74,9 +76,19 @@ class TrainingConfig(Config):
     seed: int = 42
     """Seed of the initial weights and of the order of the data."""
     activation_source: Literal["local_manifest", "remote"] = "local_manifest"
-    """Where activations come from: a folder (`activation_path`) or a server (`remote_config`)."""
+    """Where activations come from: a folder (`activation_path`) or a server (`server_url` and `dataset_id`)."""
+    server_url: str | None = None
+    """Address of an activation server, such as http://localhost:8000."""
+    dataset_id: str | None = None
+    """Data set on it, <model>/<corpus>_<split>."""
+    remote_timeout: float = 120.0
+    """Seconds until a request to it is given up and tried again."""
+    remote_max_retries: int = 3
+    """How often."""
+    remote_prefetch_batches: int = 16
+    """Batches fetched ahead."""
     remote_config: Annotated[dict[str, Any] | None, tyro.conf.Suppress] = None
-    """Server and data set as in crosslayer-coding: server_url, dataset_id, timeout."""
+    """The same as a dictionary, as crosslayer-coding takes it: server_url, dataset_id, timeout."""
     activation_path: Annotated[str | None, tyro.conf.arg(aliases=("--data",))] = None
     """Folder that `clt generate` wrote (training split)."""
     sampling_strategy: Literal["mixed", "random_chunk", "sequential"] = "mixed"
@@ -175,7 +187,22 @@ class TrainingConfig(Config):
             raise ConfigError(f"{owner}.ema_decay = {self.ema_decay} must lie between 0 and 1 (for example 0.999).")
         if self.skip_nonfinite_steps < 0:
             raise ConfigError(f"{owner}.skip_nonfinite_steps = {self.skip_nonfinite_steps} must be 0 or more.")
+        self._take_remote_config()
         object.__setattr__(self, "wandb_tags", tuple(self.wandb_tags))  # JSON gives a list
+
+    def _take_remote_config(self) -> None:
+        """Spread crosslayer-coding's dictionary over the fields it stands for, and ask for what a server needs."""
+        given = {} if self.remote_config is None else self.remote_config
+        fields = {"timeout": "remote_timeout", "max_retries": "remote_max_retries"}
+        for name, value in given.items():
+            name = fields.get(name, "remote_prefetch_batches" if name == "prefetch_batches" else name)
+            require_one_of("TrainingConfig", "remote_config key", name, _REMOTE)
+            object.__setattr__(self, name, value)
+        if self.activation_source == "remote" and None in (self.server_url, self.dataset_id):
+            raise ConfigError(
+                "TrainingConfig.activation_source = 'remote' needs server_url and dataset_id (for example "
+                "--server-url http://localhost:8000 --dataset-id gpt2/pile-uncopyrighted_train)."
+            )
 
     @classmethod
     def migrate(cls, values: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from clt.training.trainer import CLTTrainer
 from clt.types import ActivationBatch
 
 # Stand for the data's own sizes while flags are parsed; `main` puts the real ones in.
-_UNKNOWN_LAYERS, _UNKNOWN_WIDTH = 1_000_000, 1
+UNKNOWN_LAYERS, UNKNOWN_WIDTH = 1_000_000, 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Options:
     device: str | None = None
     """Torch device; default: a GPU if there is one."""
     clt: Annotated[CLTConfig, tyro.conf.arg(name="")] = CLTConfig(
-        num_features=4096, num_layers=_UNKNOWN_LAYERS, d_model=_UNKNOWN_WIDTH
+        num_features=4096, num_layers=UNKNOWN_LAYERS, d_model=UNKNOWN_WIDTH
     )
     """What to train."""
     training: Annotated[TrainingConfig, tyro.conf.arg(name="")] = TrainingConfig()
@@ -110,10 +110,12 @@ def _recorded(given: Config, default: Config, recorded: Config, free: frozenset[
 
 def open_trainer(options: Options) -> CLTTrainer:
     """The trainer that the options describe, on the data they name."""
-    if options.training.activation_path is None:
-        raise ConfigError("Which activations? Give --data FOLDER, a folder that `clt generate` wrote.")
-    train, held_out = split_folders(options.training.activation_path, options.held_out)
-    training = options.training.replace(activation_path=str(train))
+    training, held_out = options.training, None if options.held_out is None else Path(options.held_out)
+    if training.activation_source == "local_manifest":
+        if training.activation_path is None:
+            raise ConfigError("Which activations? Give --data FOLDER, a folder that `clt generate` wrote.")
+        train, held_out = split_folders(training.activation_path, options.held_out)
+        training = training.replace(activation_path=str(train))
     store = open_store(training)
     config = options.clt.replace(
         num_layers=store.n_layers,

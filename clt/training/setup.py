@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
 
 from clt.config import CLTConfig, TrainingConfig
-from clt.data.stores import BaseActivationStore, LocalActivationStore
+from clt.data.stores import BaseActivationStore, LocalActivationStore, RemoteActivationStore
 from clt.errors import ConfigError
 from clt.models import ActivationStatistics, CrossLayerTranscoder
 from clt.types import ActivationBatch
@@ -23,25 +24,30 @@ def open_store(config: TrainingConfig) -> BaseActivationStore:
     """The activations that a configuration names.
 
     Raises:
-        ConfigError: it names none, or a server.
+        ConfigError: it names none.
+        DatasetError: they cannot be read.
     """
+    shared: dict[str, Any] = {
+        "batch_size_tokens": config.train_batch_size_tokens,
+        "seed": config.seed,
+        "dtype": getattr(torch, config.activation_dtype),
+        "sampling_strategy": config.sampling_strategy,
+    }
     if config.activation_source == "remote":
-        raise ConfigError(
-            "TrainingConfig.activation_source = 'remote' needs a store: pass CLTTrainer(store=...). Reading from a "
-            "server by address is not part of this version."
+        return RemoteActivationStore(
+            config.server_url or "",
+            config.dataset_id or "",
+            timeout_seconds=config.remote_timeout,
+            max_retries=config.remote_max_retries,
+            prefetch_batches=config.remote_prefetch_batches,
+            **shared,
         )
     if config.activation_path is None:
         raise ConfigError(
             "TrainingConfig.activation_path is not set and no store was given. "
             "Point it at a folder that `clt generate` wrote, for example .../train."
         )
-    return LocalActivationStore(
-        config.activation_path,
-        batch_size_tokens=config.train_batch_size_tokens,
-        seed=config.seed,
-        dtype=getattr(torch, config.activation_dtype),
-        sampling_strategy=config.sampling_strategy,
-    )
+    return LocalActivationStore(config.activation_path, **shared)
 
 
 def require_same_shape(config: CLTConfig, store: BaseActivationStore) -> None:
