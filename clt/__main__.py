@@ -25,12 +25,14 @@ COMMANDS = {
     "Transcoders": {
         "train": "Train a cross-layer transcoder on captured activations.",
         "evaluate": "Error, explained variance, L0 and dead features on held-out activations.",
+        "convert": "Turn a TopK or BatchTopK transcoder into JumpReLU and report what changed.",
+        "analyze-theta": "The thresholds of a transcoder in a few numbers per layer.",
         "fidelity": "Put the transcoder in place of the MLPs and measure how faithful the host stays.",
     },
 }
 
 # Only for the scripts of the seed projects in scripts/, which keep their own flags; not in the table above.
-LAUNCHERS = ("train-clt",)
+LAUNCHERS = ("train-clt", "convert-batchtopk-to-jumprelu")
 
 HELP = """usage: clt COMMAND [options]        clt COMMAND --help        clt --version
 
@@ -45,7 +47,7 @@ Flags may be written with - or _. An error prints one message and exits with 2; 
 def help_text() -> str:
     """The command table, grouped."""
     groups = (
-        f"{title}:\n" + "\n".join(f"  {name:<12} {line}" for name, line in commands.items())
+        f"{title}:\n" + "\n".join(f"  {name:<13} {line}" for name, line in commands.items())
         for title, commands in COMMANDS.items()
     )
     return HELP.format(groups="\n\n".join(groups))
