@@ -1,6 +1,7 @@
 """Shows a corpus to a host and writes what its MLPs read and wrote."""
 
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -204,26 +205,38 @@ class ActivationGenerator:
         return planner(samples_of(config, adapter, on_bad_sample))
 
     def _write(self, adapter: ModelAdapter, writers: dict[Split, ActivationWriter]) -> None:
-        limit = self.config.target_total_tokens
-        total = 0
-        # disable=None: no bar where nobody looks (a file, a pipe).
+        left = self._budgets()
         # The writer shuffles, measures and saves a batch while the host is at the next one.
         with (
-            tqdm(total=limit, unit=" tokens", unit_scale=True, file=sys.stderr, disable=None) as bar,
+            tqdm(
+                total=self.config.target_total_tokens,
+                unit=" tokens",
+                unit_scale=True,
+                file=sys.stderr,
+                disable=None,  # no bar where nobody looks (a file, a pipe)
+            ) as bar,
             Background() as background,
         ):
             for rows in self._batches(adapter):
+                if left[rows.split] == 0:
+                    continue
                 inputs = rows.prepare(adapter)
-                n_tokens = self._count(inputs)
-                if limit is not None:
-                    n_tokens = min(n_tokens, limit - total)
+                n_tokens = min(self._count(inputs), left[rows.split])
                 writer = writers.get(rows.split)
                 if writer is not None and rows.mark >= writer.resume_mark and n_tokens > 0:
                     background.do(writer.append, self._capture(adapter, inputs, rows, n_tokens), mark=rows.mark)
-                total += n_tokens
+                left[rows.split] -= n_tokens
                 bar.update(n_tokens)
-                if limit is not None and total >= limit:
+                if not any(left.values()):
                     return
+
+    def _budgets(self) -> dict[Split, int]:
+        """Tokens each split still takes; together `target_total_tokens`."""
+        limit = self.config.target_total_tokens
+        if limit is None:
+            return dict.fromkeys(self.splits, sys.maxsize)
+        held_out = math.ceil(limit * self.config.held_out_fraction)
+        return {split: held_out if split == "held_out" else limit - held_out for split in self.splits}
 
     def _capture(self, adapter: ModelAdapter, inputs: HostInputs, rows: RowBatch, n_tokens: int) -> ActivationBatch:
         batch = adapter.capture(inputs, sample_ids=torch.tensor(rows.numbers))

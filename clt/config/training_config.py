@@ -1,5 +1,6 @@
 """How a transcoder is trained."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -8,6 +9,30 @@ import tyro
 from clt.config.base import Config, require_one_of, require_positive
 from clt.config.clt_config import NormalizationMethod
 from clt.errors import ConfigError
+
+# What an interrupted run may be gone on with differently: where the data lie (their values are checked), what is
+# reported and saved, and how long one session lasts.
+BOOKKEEPING = frozenset(
+    {
+        *("activation_source", "activation_path", "remote_config", "server_url", "dataset_id"),
+        *("remote_timeout", "remote_max_retries", "remote_prefetch_batches"),
+        *("log_interval", "eval_interval", "eval_batches"),
+        *("checkpoint_interval", "keep_checkpoints", "milestone_interval", "write_final_folder"),
+        *("time_limit_minutes", "skip_nonfinite_steps", "debug_anomaly"),
+        *("enable_wandb", "wandb_project", "wandb_entity", "wandb_run_name", "wandb_tags"),
+        *("enable_trackio", "trackio_project"),
+    }
+)
+_REMOTE = ("server_url", "dataset_id", "remote_timeout", "remote_max_retries", "remote_prefetch_batches")
+# Fields of crosslayer-coding's TrainingConfig that nothing read, or that only printed.
+_WITHOUT_EFFECT = frozenset(
+    {
+        *("n_batches_in_buffer", "normalization_estimation_batches", "optimizer_states_dtype"),
+        *("enable_stochastic_rounding", "diag_every_n_eval_steps", "max_features_for_diag_hist"),
+        *("compute_sparsity_diagnostics", "enable_profiling", "jumprelu_default_theta_on_convert"),
+        *("fp16_convert_weights", "lr_scheduler_params"),
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,14 +43,20 @@ class TrainingConfig(Config):
     """Optimiser steps."""
     train_batch_size_tokens: int = 4096
     """Tokens per step."""
+    micro_batch_tokens: int | None = None
+    """Tokens per forward and backward; gradients add up to the full batch's. batchtopk chooses per micro-batch."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Type of the computation; master weights, thresholds and the optimiser stay in the type of the parameters."""
+    torch_compile: bool = False
+    """Compile forward and losses with torch.compile."""
     learning_rate: float | None = None
     """Peak learning rate; None: 2e-4 / sqrt(features per layer / 2^14)."""
     lr_scheduler: Literal["constant", "linear", "cosine", "linear_final20"] = "linear_final20"
     """Shape of the learning rate after warm-up; linear_final20 is flat, then falls to zero over the last fifth."""
     lr_warmup_steps: int = 0
     """Steps over which the learning rate rises linearly from zero."""
-    optimizer: Literal["adam", "adamw"] = "adam"
-    """Adam, or Adam with decoupled weight decay on the matrices."""
+    optimizer: Literal["adam", "adamw", "adamw8bit"] = "adam"
+    """Adam, Adam with decoupled weight decay on the matrices, or the latter with 8-bit moments (needs torchao)."""
     optimizer_beta1: float = 0.9
     """Decay of the gradient's running mean."""
     optimizer_beta2: float = 0.999
@@ -34,12 +65,34 @@ class TrainingConfig(Config):
     """AdamW's weight decay; never applied to biases or thresholds."""
     gradient_clip_val: float | None = 1.0
     """Largest allowed norm of the whole gradient; None: no limit."""
+    ema_decay: float | None = None
+    """Keep a running mean of the weights with this decay, and make it the result; None: the last weights are."""
+    skip_nonfinite_steps: int = 0
+    """How many steps with a NaN or an infinity are left out before the run stops; each names its layer and term."""
+    time_limit_minutes: float | None = None
+    """Write a checkpoint and stop after this long; the same command goes on."""
+    debug_anomaly: bool = False
+    """Let autograd name the operation that made a NaN (slow)."""
     seed: int = 42
     """Seed of the initial weights and of the order of the data."""
-    activation_source: Literal["local_manifest"] = "local_manifest"
-    """Where activations come from."""
+    activation_source: Literal["local_manifest", "remote"] = "local_manifest"
+    """Where activations come from: a folder (`activation_path`) or a server (`server_url` and `dataset_id`)."""
+    server_url: str | None = None
+    """Address of an activation server, such as http://localhost:8000."""
+    dataset_id: str | None = None
+    """Data set on it, <model>/<corpus>_<split>."""
+    remote_timeout: float = 120.0
+    """Seconds until a request to it is given up and tried again."""
+    remote_max_retries: int = 3
+    """How often."""
+    remote_prefetch_batches: int = 16
+    """Batches fetched ahead."""
+    remote_config: Annotated[dict[str, Any] | None, tyro.conf.Suppress] = None
+    """The same as a dictionary, as crosslayer-coding takes it: server_url, dataset_id, timeout."""
     activation_path: Annotated[str | None, tyro.conf.arg(aliases=("--data",))] = None
     """Folder that `clt generate` wrote (training split)."""
+    sampling_strategy: Literal["mixed", "random_chunk", "sequential"] = "mixed"
+    """Order of the rows: mixed across all shards, or shard by shard."""
     activation_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Type in which activations arrive from the store."""
     normalization_method: Annotated[NormalizationMethod | None, tyro.conf.Suppress] = None
@@ -83,7 +136,25 @@ class TrainingConfig(Config):
     checkpoint_interval: int = 1000
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
-    """Older checkpoints are deleted."""
+    """Newest checkpoints that are kept, beside the best (by held-out NMSE) and the milestones."""
+    milestone_interval: int | None = None
+    """Checkpoints at multiples of this many steps are kept for good."""
+    write_final_folder: bool = True
+    """Also write crosslayer-coding's `final/clt.pt` and `final/cfg.json` (the weights once more)."""
+    enable_wandb: bool = False
+    """Send the numbers to Weights & Biases (needs wandb)."""
+    wandb_project: str = "clt"
+    """Its project."""
+    wandb_entity: str | None = None
+    """Its user or team."""
+    wandb_run_name: str | None = None
+    """Its name of the run; None: the name of the run's folder."""
+    wandb_tags: Sequence[str] = ()
+    """Its tags."""
+    enable_trackio: bool = False
+    """Send the numbers to Trackio (needs trackio)."""
+    trackio_project: str = "clt"
+    """Its project."""
 
     def __post_init__(self) -> None:
         owner = "TrainingConfig"
@@ -91,6 +162,9 @@ class TrainingConfig(Config):
             owner,
             training_steps=self.training_steps,
             train_batch_size_tokens=self.train_batch_size_tokens,
+            micro_batch_tokens=self.micro_batch_tokens,
+            time_limit_minutes=self.time_limit_minutes,
+            milestone_interval=self.milestone_interval,
             learning_rate=self.learning_rate,
             gradient_clip_val=self.gradient_clip_val,
             aux_loss_factor=self.aux_loss_factor,
@@ -102,6 +176,8 @@ class TrainingConfig(Config):
             keep_checkpoints=self.keep_checkpoints,
             sparsity_c=self.sparsity_c,
         )
+        require_one_of(owner, "precision", self.precision, ("fp32", "bf16", "fp16"))
+        require_one_of(owner, "optimizer", self.optimizer, ("adam", "adamw", "adamw8bit"))
         require_one_of(owner, "loss_normalisation", self.loss_normalisation, ("variance", "none"))
         require_one_of(owner, "lr_scheduler", self.lr_scheduler, ("constant", "linear", "cosine", "linear_final20"))
         if self.lr_warmup_steps >= self.training_steps and self.lr_warmup_steps > 0:
@@ -109,11 +185,37 @@ class TrainingConfig(Config):
                 f"{owner}.lr_warmup_steps = {self.lr_warmup_steps} leaves nothing of training_steps = "
                 f"{self.training_steps}. Shorten the warm-up or train longer."
             )
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ConfigError(f"{owner}.ema_decay = {self.ema_decay} must lie between 0 and 1 (for example 0.999).")
+        if self.skip_nonfinite_steps < 0:
+            raise ConfigError(f"{owner}.skip_nonfinite_steps = {self.skip_nonfinite_steps} must be 0 or more.")
+        self._take_remote_config()
+        object.__setattr__(self, "wandb_tags", tuple(self.wandb_tags))  # JSON gives a list
+
+    def _take_remote_config(self) -> None:
+        """Spread crosslayer-coding's dictionary over the fields it stands for, and ask for what a server needs."""
+        given = {} if self.remote_config is None else self.remote_config
+        fields = {"timeout": "remote_timeout", "max_retries": "remote_max_retries"}
+        for name, value in given.items():
+            name = fields.get(name, "remote_prefetch_batches" if name == "prefetch_batches" else name)
+            require_one_of("TrainingConfig", "remote_config key", name, _REMOTE)
+            object.__setattr__(self, name, value)
+        if self.activation_source == "remote" and None in (self.server_url, self.dataset_id):
+            raise ConfigError(
+                "TrainingConfig.activation_source = 'remote' needs server_url and dataset_id (for example "
+                "--server-url http://localhost:8000 --dataset-id gpt2/pile-uncopyrighted_train)."
+            )
 
     @classmethod
     def migrate(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Read the optional betas of crosslayer-coding, where None means Adam's default."""
-        for name in ("optimizer_beta1", "optimizer_beta2"):
+        """Read crosslayer-coding's files: None for a default, and fields that did nothing there either."""
+        for name in ("optimizer_beta1", "optimizer_beta2", "wandb_project", "wandb_tags"):
             if values.get(name, 0) is None:
                 del values[name]
-        return values
+        if values.get("lr_scheduler", 0) is None:
+            values["lr_scheduler"] = "constant"
+        return {name: value for name, value in values.items() if name not in _WITHOUT_EFFECT}
+
+    def affecting_the_result(self) -> dict[str, Any]:
+        """The options that decide the weights; the others may change when a run is gone on with."""
+        return {name: value for name, value in self.to_dict().items() if name not in BOOKKEEPING}

@@ -32,11 +32,12 @@ class ReadAhead:
             self._threads = ThreadPoolExecutor(self._depth, thread_name_prefix="clt-read-ahead")
         while len(self._begun) <= self._depth:
             self._begun.append(self._threads.submit(next(reads)))
-        try:
-            return self._begun.popleft().result()
-        except BaseException:
-            self.forget()  # the reads behind the failed one are no longer the next ones
-            raise
+        first = self._begun[0]
+        failed = first.exception() is not None  # waits; interrupted here, nothing has changed
+        self._begun.popleft()
+        if failed:
+            self.forget()  # the reads behind it are no longer the next ones
+        return first.result()
 
     def forget(self) -> None:
         """Drop what was read ahead; the order has changed."""

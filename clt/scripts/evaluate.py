@@ -20,6 +20,7 @@ from clt.data.stores import LocalActivationStore
 from clt.errors import ConfigError
 from clt.models import CrossLayerTranscoder
 from clt.training.evaluator import Evaluation, evaluate
+from clt.viz.training_plots import density_per_layer, error_by_distance, per_layer, save
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,11 @@ class Options(InferenceConfig):
     """A transcoder, held-out activations, and where to put the numbers."""
 
     output: str | None = None
-    """JSON file for the result; None: `evaluation.json` beside the transcoder."""
+    """JSON file for the result; None: `evaluation.json` in the output folder."""
+    by_distance: bool = True
+    """Also measure the error when only sources near their target are used."""
+    plots: bool = True
+    """Draw EV, L0, density and error by distance as PNG files in `evaluation/` of the output folder."""
     json: bool = False
     """Print the result as JSON instead of a table."""
 
@@ -53,7 +58,8 @@ def evaluate_folder(options: InferenceConfig) -> Evaluation:
             f"{options.clt_checkpoint_path} has (layers, d_model) = {ours}, the activations in {options.data_path} "
             f"{data}. They belong to different hosts."
         )
-    return evaluate(model, islice(store.one_pass(), options.max_eval_batches))
+    by_distance = isinstance(options, Options) and options.by_distance
+    return evaluate(model, islice(store.one_pass(), options.max_eval_batches), by_distance)
 
 
 def table(result: Evaluation) -> Table:
@@ -81,12 +87,49 @@ def table(result: Evaluation) -> Table:
     return view
 
 
+def distance_table(result: Evaluation) -> Table:
+    """NMSE per layer by farthest source used."""
+    view = Table(title="NMSE when only sources up to a distance are used")
+    for column in ("distance", *(f"layer {layer}" for layer in range(len(result.nmse_per_layer))), "mean"):
+        view.add_column(column, justify="right")
+    for distance, values in result.nmse_within_distance.items():
+        mean = sum(values) / len(values)
+        view.add_row(distance, *(f"{value:.3f}" for value in values), f"{mean:.4f}")
+    return view
+
+
+def draw(result: Evaluation, folder: Path) -> list[Path]:
+    """The figures of an evaluation as files."""
+    kinds = result.nmse_per_kind if len(result.nmse_per_kind) > 1 else {}
+    explained = {name: [1 - value for value in values] for name, values in kinds.items()}
+    figures = {
+        "explained_variance": per_layer(
+            [1 - value for value in result.nmse_per_layer], "explained variance", explained
+        ),
+        "l0": per_layer(result.l0_per_layer, "active features per token"),
+        "density": density_per_layer(result.density.numpy()),
+    }
+    if result.nmse_within_distance:
+        figures["error_by_distance"] = error_by_distance(result.nmse_within_distance)
+    for name, figure in figures.items():
+        save(figure, folder / f"{name}.png")
+    return [folder / f"{name}.png" for name in figures]
+
+
 def main(options: Options) -> None:
-    """Evaluate, write the JSON, print it or a table."""
+    """Evaluate, write the JSON and the figures, print it or a table."""
     result = evaluate_folder(options)
+    folder = Path(options.output_log_dir or options.clt_checkpoint_path)
     text = json.dumps(result.to_dict(), indent=2)
-    write_text_atomically(Path(options.output or Path(options.clt_checkpoint_path) / "evaluation.json"), text + "\n")
+    write_text_atomically(Path(options.output or folder / "evaluation.json"), text + "\n")
+    if options.plots:
+        draw(result, folder / "evaluation")
     if options.json:
         print(text)
-    else:
-        Console().print(table(result))
+        return
+    console = Console()
+    console.print(table(result))
+    if result.nmse_within_distance:
+        console.print(distance_table(result))
+    if options.plots:
+        console.print(f"Figures in {folder / 'evaluation'}.")

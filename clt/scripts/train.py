@@ -1,29 +1,33 @@
 """Train a cross-layer transcoder on captured activations.
 
 The number of layers and their width come from the data. An interrupted run goes on when the same command is given
-again. Example:
+again, or with --resume alone. Example:
 
     clt train --data activations/gpt2/pile_train --output-dir runs/gpt2 --num-features 3072
+    clt train --resume runs/gpt2
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import torch
 import tyro
 
 from clt.config import CLTConfig, TrainingConfig
-from clt.data.stores import LocalActivationStore
+from clt.config.base import Config
+from clt.config.training_config import BOOKKEEPING
+from clt.data.stores import BaseActivationStore, LocalActivationStore, ManifestActivationStore
 from clt.errors import ConfigError
+from clt.training.run_folder import RunFolder
+from clt.training.setup import open_store
 from clt.training.trainer import CLTTrainer
 from clt.types import ActivationBatch
 
 # Stand for the data's own sizes while flags are parsed; `main` puts the real ones in.
-_UNKNOWN_LAYERS, _UNKNOWN_WIDTH = 1_000_000, 1
+UNKNOWN_LAYERS, UNKNOWN_WIDTH = 1_000_000, 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,16 +36,23 @@ class Options:
 
     output_dir: Annotated[str, tyro.conf.arg(aliases=("--output",))] = "runs/clt"
     """Folder of the run: result, metrics, checkpoints."""
+    resume: Annotated[str | None, tyro.conf.arg(aliases=("--resume-from-checkpoint-dir",))] = None
+    """Go on with the run in this folder; its options come from its run.json, and only bookkeeping may be changed."""
+    resume_step: int | None = None
+    """Go back to the checkpoint of this step; later checkpoints are deleted. None: the newest."""
     held_out: str | None = None
     """Folder of held-out activations; by default `held_out` beside a training folder called `train`."""
     device: str | None = None
     """Torch device; default: a GPU if there is one."""
     clt: Annotated[CLTConfig, tyro.conf.arg(name="")] = CLTConfig(
-        num_features=4096, num_layers=_UNKNOWN_LAYERS, d_model=_UNKNOWN_WIDTH
+        num_features=4096, num_layers=UNKNOWN_LAYERS, d_model=UNKNOWN_WIDTH
     )
     """What to train."""
     training: Annotated[TrainingConfig, tyro.conf.arg(name="")] = TrainingConfig()
     """How to train it."""
+
+
+_NO_OPTIONS = Options()
 
 
 def split_folders(data: str, held_out: str | None = None) -> tuple[Path, Path | None]:
@@ -62,41 +73,86 @@ def held_out_batches(folder: Path | None, tokens: int) -> Callable[[], Iterable[
     return store.one_pass
 
 
-def main(options: Options) -> None:
-    """Train, evaluate on the held-out split if there is one, and say where the result is."""
-    if options.training.activation_path is None:
-        raise ConfigError("Which activations? Give --data FOLDER, a folder that `clt generate` wrote.")
-    train, held_out = split_folders(options.training.activation_path, options.held_out)
-    training = options.training.replace(activation_path=str(train))
-    store = LocalActivationStore(
-        train,
-        batch_size_tokens=training.train_batch_size_tokens,
-        seed=training.seed,
-        dtype=getattr(torch, training.activation_dtype),
+def options_of_run(options: Options) -> Options:
+    """The options with which the run in `options.resume` was begun, with today's bookkeeping.
+
+    Raises:
+        ConfigError: there is no run, or an option that decides the result was given with another value.
+    """
+    assert options.resume is not None
+    record = RunFolder(options.resume).record()
+    if record is None:
+        raise ConfigError(f"{options.resume} holds no run: it has no run.json. Give the --output-dir of a `clt train`.")
+    asked = record["options"]
+    clt = _recorded(options.clt, _NO_OPTIONS.clt, CLTConfig.from_dict(asked["clt"]), frozenset())
+    training = _recorded(
+        options.training, _NO_OPTIONS.training, TrainingConfig.from_dict(asked["training"]), BOOKKEEPING
     )
-    hook = store.metadata.info
+    held_out = options.held_out or asked.get("held_out")
+    return replace(options, output_dir=options.resume, held_out=held_out, clt=clt, training=training)
+
+
+def _recorded(given: Config, default: Config, recorded: Config, free: frozenset[str]) -> Any:
+    """The recorded options, where a flag did not change one that is free to change."""
+    changes, refused = {}, []
+    for name in (field.name for field in fields(given) if field.name not in ("num_layers", "d_model")):
+        value, old = getattr(given, name), getattr(recorded, name)
+        if value in (getattr(default, name), old):
+            continue
+        if name in free:
+            changes[name] = value
+        else:
+            refused.append(f"  {name}: {old!r} there, {value!r} asked for now")
+    if refused:
+        raise ConfigError("The run that is to go on was begun with other options:\n" + "\n".join(refused))
+    return recorded.replace(**changes)
+
+
+def open_trainer(options: Options) -> CLTTrainer:
+    """The trainer that the options describe, on the data they name."""
+    training, held_out = options.training, None if options.held_out is None else Path(options.held_out)
+    if training.activation_source == "local_manifest":
+        if training.activation_path is None:
+            raise ConfigError("Which activations? Give --data FOLDER, a folder that `clt generate` wrote.")
+        train, held_out = split_folders(training.activation_path, options.held_out)
+        training = training.replace(activation_path=str(train))
+    store = open_store(training)
     config = options.clt.replace(
         num_layers=store.n_layers,
         d_model=store.d_model,
-        model_name=options.clt.model_name or hook.model_name,
+        model_name=options.clt.model_name or _host_of(store),
         expected_input_dtype=training.activation_dtype,
     )
-    trainer = CLTTrainer(
+    return CLTTrainer(
         config,
         training,
         options.output_dir,
         options.device,
         store=store,
         held_out=held_out_batches(held_out, training.train_batch_size_tokens),
+        resume_step=options.resume_step,
+        details={"held_out": None if held_out is None else str(held_out)},
     )
+
+
+def _host_of(store: BaseActivationStore) -> str | None:
+    return store.metadata.info.model_name if isinstance(store, ManifestActivationStore) else None
+
+
+def main(options: Options) -> None:
+    """Train, evaluate on the held-out split if there is one, and say where the result is."""
+    if options.resume is not None:
+        options = options_of_run(options)
+    trainer = open_trainer(options)
+    steps = trainer.config.training_steps
     if trainer.folder.is_finished:
         print(f"{options.output_dir} already holds this run, finished. Delete the folder to train again.")
         return
     if trainer.step:
-        print(f"Going on from step {trainer.step} of {training.training_steps}.")
+        print(f"Going on from step {trainer.step} of {steps}.")
     trainer.train()
     print(f"Transcoder in {options.output_dir} (cfg.json, clt.safetensors; metrics.jsonl).")
-    if held_out is not None:
+    if trainer.held_out is not None:
         result = trainer.evaluate()
         print(
             f"Held out, {result.n_tokens:,} tokens: NMSE {result.nmse:.4f} (EV {result.explained_variance:.4f}), "

@@ -1,12 +1,8 @@
 """Which features have been silent for too long, counted in tokens."""
 
-from collections.abc import Sequence
-
 import torch
 from jaxtyping import Bool, Integer
 from torch import Tensor
-
-from clt.models.codes import Codes
 
 
 class DeadFeatureTracker:
@@ -18,11 +14,10 @@ class DeadFeatureTracker:
             num_layers, num_features, dtype=torch.int64, device=device
         )
 
-    def update(self, codes: Sequence[Codes], n_tokens: int) -> None:
-        """Count one batch."""
-        fired = torch.stack([code.fired() for code in codes]) > 0
+    def update(self, fired: Integer[Tensor, "layer feature"], n_tokens: int) -> None:
+        """Count one batch, of which each feature was on at `fired` tokens."""
         self.silent_for += n_tokens
-        self.silent_for.masked_fill_(fired, 0)
+        self.silent_for.masked_fill_(fired > 0, 0)
 
     @property
     def dead(self) -> Bool[Tensor, "layer feature"]:

@@ -1,46 +1,99 @@
 """The optimiser, its weight-decay groups, and its state as named tensors."""
 
+import importlib.util
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from clt.config import TrainingConfig
+from clt.errors import ConfigError
 from clt.training.schedules import default_learning_rate
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig, n_features: int) -> torch.optim.Optimizer:
-    """Fused Adam or AdamW; weight decay reaches matrices only, never biases or thresholds."""
+    """Fused Adam or AdamW, or AdamW with 8-bit moments; weight decay reaches matrices only, never biases or thresholds.
+
+    Raises:
+        ConfigError: adamw8bit without torchao.
+    """
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    options: dict[str, Any] = {
+        "lr": config.learning_rate or default_learning_rate(n_features),
+        "betas": (config.optimizer_beta1, config.optimizer_beta2),
+    }
+    if config.optimizer == "adamw8bit":
+        return _eight_bit()(groups, **options)
     cls = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    return cls(
-        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=config.learning_rate or default_learning_rate(n_features),
-        betas=(config.optimizer_beta1, config.optimizer_beta2),
-        fused=True,
-    )
+    return cls(groups, **options, fused=True)
+
+
+def _eight_bit() -> Any:
+    if importlib.util.find_spec("torchao") is None:
+        raise ConfigError(
+            "TrainingConfig.optimizer = 'adamw8bit' needs torchao, which is not installed.\n"
+            "`pip install 'crosslayer[torchao]'`, or use --optimizer adamw (8 instead of 2 bytes per weight)."
+        )
+    from torchao.optim import AdamW8bit  # pyright: ignore[reportMissingImports]  # optional
+
+    return AdamW8bit
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
     """The same learning rate for every group."""
     for group in optimizer.param_groups:
-        group["lr"] = value
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(value)  # torchao keeps it as a tensor
+        else:
+            group["lr"] = value
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimiser's state as `<parameter>/<moment>` tensors."""
+    """The optimiser's state as `<parameter>/<moment>` tensors; an 8-bit moment as its parts, `<moment>:<part>`."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
-        f"{names[parameter]}/{key}": value
+        f"{names[parameter]}/{name}": part
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
+        for name, part in _parts(key, value)
     }
+
+
+def _parts(key: str, value: Any) -> list[tuple[str, Tensor]]:
+    """A plain tensor as it is, a quantised one as the tensors it is made of."""
+    if isinstance(value, Tensor) and type(value) is not Tensor:
+        inner, _ = value.__tensor_flatten__()  # pyright: ignore[reportAttributeAccessIssue]
+        return [(f"{key}:{name}", getattr(value, name)) for name in inner]
+    return [(key, torch.as_tensor(value))]
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Put back what `optimizer_tensors` gave."""
+    if any(":" in name for name in tensors):
+        _take_a_first_step(optimizer, model)
     parameters = dict(model.named_parameters())
     for name, value in tensors.items():
         parameter, key = name.rsplit("/", 1)
-        optimizer.state[parameters[parameter]][key] = value.to(value.device if key == "step" else parameters[parameter])
+        state = optimizer.state[parameters[parameter]]
+        if ":" in key:
+            moment, part = key.split(":")
+            getattr(state[moment], part).copy_(value)
+        elif key in state:
+            state[key] = value.to(state[key])
+        else:
+            state[key] = value.to(value.device if key == "step" else parameters[parameter])
+
+
+def _take_a_first_step(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Let the optimiser make its quantised moments, whose values are then replaced; the weights stay."""
+    weights = [parameter.detach().clone() for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for parameter, old in zip(model.parameters(), weights, strict=True):
+            parameter.copy_(old)

@@ -2,7 +2,8 @@
 
 run.json         options, versions, commit, data fingerprint; `finished` once the result is there
 metrics.jsonl    one line per logged step
-checkpoints/step_00001000/   cfg.json, clt.safetensors, optimizer.safetensors, trainer.json
+checkpoints/step_00001000/   cfg.json, clt.safetensors, trainer.safetensors, trainer.json
+final/           the result once more as crosslayer-coding names it: clt.pt, cfg.json
 cfg.json, clt.safetensors    the result
 """
 
@@ -13,6 +14,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -70,26 +72,34 @@ class RunFolder:
                 f"{file} is not JSON (line {error.lineno}). Delete the folder to start over."
             ) from None
 
-    def begin(self, options: dict[str, Any], data: dict[str, Any]) -> None:
+    def begin(self, options: dict[str, Any], data: dict[str, Any], compared: dict[str, Any] | None = None) -> None:
         """Write run.json, or check that the run here was asked for in the same way.
+
+        Args:
+            options: all of them, for the record.
+            data: what identifies the activations.
+            compared: the options that decide the result; None: all.
 
         Raises:
             ConfigError: the folder holds a run with other options or on other data; names each difference.
         """
-        new = {"options": options, "data": data}
+        new = {"options": options if compared is None else compared, "data": data}
         old = self.record()
         if old is None:
-            self._write({**new, "versions": versions(), "commit": commit(), "finished": False})
+            record = {"options": options, "data": data, "versions": versions(), "commit": commit(), "finished": False}
+            self._write({**record, "command": sys.argv})
             return
-        differences = list(_differences({key: old.get(key) for key in new}, json.loads(json.dumps(new))))
+        differences = list(_differences(_like(old, new), json.loads(json.dumps(new))))
         if differences:
             raise ConfigError(
                 f"{self.path} already holds a run with other options:\n" + "\n".join(differences[:10]) + "\n"
                 "Choose another output folder, delete this one, or repeat the old options to go on with it."
             )
+        if not old["finished"]:
+            self._write({**old, "options": options})
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Mark the run as finished and drop its checkpoints' optimiser states."""
+        """Mark the run as finished."""
         self._write({**(self.record() or {}), "finished": True, "summary": summary})
 
     @property
@@ -111,10 +121,29 @@ class RunFolder:
         """A checkpoint folder that appears only when everything is in it."""
         return PendingCheckpoint(self.path / "checkpoints" / f"step_{step:08d}")
 
-    def keep_newest(self, count: int) -> None:
-        """Delete all but the newest `count` checkpoints."""
-        for old in self.checkpoints()[:-count]:
-            shutil.rmtree(old)
+    def keep_only(self, steps: set[int]) -> None:
+        """Delete the checkpoints of all other steps."""
+        for folder in self.checkpoints():
+            if step_of(folder) not in steps:
+                _remove(folder)
+
+    def clean_up(self) -> None:
+        """Delete what a kill in the middle of writing or deleting left behind."""
+        for leftover in (self.path / "checkpoints").glob(".step_*"):
+            shutil.rmtree(leftover)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step at which a checkpoint was taken."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def _remove(folder: Path) -> None:
+    """Out of sight first, so that a kill in between leaves no half checkpoint."""
+    hidden = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(hidden, ignore_errors=True)
+    folder.rename(hidden)
+    shutil.rmtree(hidden)
 
 
 class PendingCheckpoint:
@@ -130,11 +159,19 @@ class PendingCheckpoint:
         return self._temporary
 
     def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
-        if failure is None:
-            shutil.rmtree(self._path, ignore_errors=True)
-            self._temporary.rename(self._path)
-        else:
+        if failure is not None:
             shutil.rmtree(self._temporary, ignore_errors=True)
+            return
+        if self._path.exists():
+            _remove(self._path)
+        self._temporary.rename(self._path)
+
+
+def _like(old: Any, new: Any) -> Any:
+    """The part of an old record that has the keys of a new one, where both are dictionaries."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return {key: _like(old.get(key), new[key]) for key in new}
+    return old
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:

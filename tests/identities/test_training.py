@@ -111,7 +111,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_term(data, tmp_pat
     trainer = trainer_of(data, tmp_path)
     with torch.no_grad():
         trainer.model.b_dec[0, 0] = float("nan")
-    with pytest.raises(TrainingError, match=r"Step 0.*reconstruction = nan"):
+    with pytest.raises(TrainingError, match=r"Step 0.*reconstruction = nan.*layer 0: weight b_dec"):
         trainer.train()
 
 

@@ -123,6 +123,13 @@ def test_exactly_the_tokens_asked_for(text, llama, target):
     assert LocalActivationStore(ActivationGenerator(config, llama).run()).total_tokens == target
 
 
+def test_a_small_target_still_holds_its_share_out(text, llama):
+    config = config_of(text, target_total_tokens=101, inference_batch_size=32)
+    folder = ActivationGenerator(config, llama).run()
+    assert LocalActivationStore(folder / "train").total_tokens == 90
+    assert LocalActivationStore(folder / "held_out").total_tokens == 11
+
+
 def test_one_text_per_row(text, llama):
     config = config_of(text, pack=False, held_out_fraction=0, max_samples=5)
     rows = all_rows(ActivationGenerator(config, llama).run())

@@ -1,0 +1,157 @@
+"""Everything a run needs to go on exactly, as files of one checkpoint folder.
+
+cfg.json, clt.safetensors    the transcoder
+trainer.safetensors          moments of the optimiser, mean weights, silence counters, torch's generator
+trainer.json                 step, position in the data, loss scale, the best step so far
+
+Training draws no random numbers (initial weights and the order of the data come from their own seeds), so Python's and
+NumPy's generators are not saved; torch's is, for losses of one's own that do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clt.data.stores import BaseActivationStore
+from clt.errors import CheckpointError
+from clt.models import CrossLayerTranscoder
+from clt.models.checkpoint import load_transcoder, read_tensors, save_tensors, save_transcoder
+from clt.training.dead import DeadFeatureTracker
+from clt.training.optim import optimizer_tensors, restore_optimizer
+from clt.training.run_folder import RunFolder, step_of
+from clt.training.step import Engine
+
+_TENSORS, _STATE = "trainer.safetensors", "trainer.json"
+
+
+@dataclass
+class Progress:
+    """How far a run is."""
+
+    step: int = 0
+    """Steps done."""
+    tokens_seen: int = 0
+    """Tokens trained on so far, counting repeats."""
+    seconds: float = 0.0
+    """Time spent in training so far, over all sessions of the run."""
+    best_step: int | None = None
+    best_nmse: float | None = None
+    """Of the evaluations on held-out tokens so far."""
+
+
+class Checkpoints:
+    """Saves and restores the parts of a run in its folder."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        engine: Engine,
+        dead: DeadFeatureTracker,
+        store: BaseActivationStore,
+        progress: Progress,
+    ) -> None:
+        self._folder = folder
+        self._engine = engine
+        self._dead = dead
+        self._store = store
+        self._progress = progress
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step, whole or not at all, and delete those no longer wanted."""
+        engine, progress = self._engine, self._progress
+        with self._folder.new_checkpoint(progress.step) as folder:
+            save_transcoder(engine.model, folder)
+            tensors = {f"optimizer/{k}": v for k, v in optimizer_tensors(engine.optimizer, engine.model).items()}
+            if engine.average is not None:
+                tensors.update({f"average/{name}": value for name, value in engine.average.tensors().items()})
+            tensors["dead/silent_for"] = self._dead.silent_for
+            tensors["rng/torch"] = torch.get_rng_state()
+            save_tensors(tensors, folder / _TENSORS)
+            state = {
+                **asdict(progress),
+                "n_skipped": engine.n_skipped,
+                "scaler": engine.scaler.state_dict(),
+                "store": self._store.state_dict(),
+            }
+            with (folder / _STATE).open("w") as file:
+                json.dump(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+        self._folder.keep_only(self._kept())
+
+    def _kept(self) -> set[int]:
+        """The newest few, the best and the milestones."""
+        config = self._engine.config
+        steps = [step_of(folder) for folder in self._folder.checkpoints()]
+        kept = set(steps[-config.keep_checkpoints :])
+        if config.milestone_interval is not None:
+            kept |= {step for step in steps if step % config.milestone_interval == 0}
+        if self._progress.best_step is not None:
+            kept.add(self._progress.best_step)
+        return kept
+
+    def restore(self, step: int | None = None) -> None:
+        """Go on from the checkpoint of a step (later ones are deleted), or from the newest if there is one.
+
+        Raises:
+            CheckpointError: there is no checkpoint of that step, or it is damaged.
+        """
+        self._folder.clean_up()
+        chosen = self._choose(step)
+        if chosen is None:
+            return
+        self._load(chosen)
+        self._folder.keep_only({step_of(folder) for folder in self._folder.checkpoints() if folder <= chosen})
+
+    def _choose(self, step: int | None) -> Path | None:
+        checkpoints = self._folder.checkpoints()
+        if step is None:
+            return checkpoints[-1] if checkpoints else None
+        for folder in checkpoints:
+            if step_of(folder) == step:
+                return folder
+        there = ", ".join(str(step_of(folder)) for folder in checkpoints) or "none"
+        raise CheckpointError(f"{self._folder.path} has no checkpoint of step {step}. Steps there: {there}.")
+
+    def _load(self, folder: Path) -> None:
+        engine = self._engine
+        state = _read_state(folder)
+        device = engine.device
+        engine.model.load_state_dict(load_transcoder(CrossLayerTranscoder, folder, device).state_dict())
+        tensors = read_tensors(folder / _TENSORS)
+        restore_optimizer(engine.optimizer, engine.model, _part(tensors, "optimizer/"))
+        if engine.average is not None:
+            engine.average.restore(_part(tensors, "average/"))
+        self._dead.silent_for.copy_(tensors["dead/silent_for"])
+        torch.set_rng_state(tensors["rng/torch"])
+        engine.n_skipped = state["n_skipped"]
+        if state["scaler"]:
+            engine.scaler.load_state_dict(state["scaler"])
+        for name in Progress.__dataclass_fields__:
+            setattr(self._progress, name, state[name])
+        self._store.load_state_dict(state["store"])
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    try:
+        state = json.loads((folder / _STATE).read_text())
+    except (FileNotFoundError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{folder} is damaged: {error}. Delete it to go on from the one before it.") from None
+    wanted = {*Progress.__dataclass_fields__, "n_skipped", "scaler", "store"}
+    if not wanted <= state.keys():
+        raise CheckpointError(
+            f"{folder / _STATE} lacks {', '.join(sorted(wanted - state.keys()))}: another version wrote it. Go on with "
+            "that version, or train again in another folder."
+        )
+    return state
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

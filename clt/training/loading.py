@@ -1,0 +1,52 @@
+"""A transcoder from wherever its weights and its configuration lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from clt.config import CLTConfig
+from clt.errors import CheckpointError
+from clt.models import CrossLayerTranscoder
+from clt.models.checkpoint import WEIGHTS, read_tensors
+
+
+def load_model(weights: Path, config: Path | None = None, device: torch.device | str = "cpu") -> CrossLayerTranscoder:
+    """Build from a folder (ours or crosslayer-coding's `final/`) or from one file of weights.
+
+    Args:
+        weights: a folder, a `.safetensors` file, or a `.pt` state dict.
+        config: its JSON; None: `cfg.json` beside the weights.
+        device: where to build it.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the two do not fit.
+    """
+    file = _file_of(weights)
+    model = CrossLayerTranscoder(CLTConfig.from_json(config or file.parent / "cfg.json"), device=device)
+    tensors = read_tensors(file, device) if file.suffix == ".safetensors" else _read_pickle(file, device)
+    try:
+        model.load_state_dict({name.removeprefix("_orig_mod."): value for name, value in tensors.items()})
+    except RuntimeError as error:
+        raise CheckpointError(f"{file} does not fit {config or file.parent / 'cfg.json'}: {error}") from None
+    return model
+
+
+def _file_of(weights: Path) -> Path:
+    if not weights.is_dir():
+        return weights
+    for name in (WEIGHTS, "clt.pt", f"final/{WEIGHTS}", "final/clt.pt"):
+        if (weights / name).exists():
+            return weights / name
+    raise CheckpointError(f"{weights} holds neither {WEIGHTS} nor clt.pt. Is it the folder of a finished run?")
+
+
+def _read_pickle(file: Path, device: torch.device | str) -> dict[str, Tensor]:
+    if not file.exists():
+        raise CheckpointError(f"{file} does not exist.")
+    try:
+        return torch.load(file, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, ValueError) as error:
+        raise CheckpointError(f"{file} is no whole state dict: {error}. Was it cut off?") from None

@@ -1,0 +1,105 @@
+"""What a run starts from: the store its configuration names, and a transcoder fitted to the data's statistics."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+
+from clt.config import CLTConfig, TrainingConfig
+from clt.data.stores import BaseActivationStore, LocalActivationStore, RemoteActivationStore
+from clt.errors import ConfigError
+from clt.models import ActivationStatistics, CrossLayerTranscoder
+from clt.types import ActivationBatch
+
+# Tokens from which the encoder biases are set before training.
+_BIAS_TOKENS = 8192
+# A feature starts by firing on 10,000 / (all features) of the tokens (Anthropic, January 2025), within these bounds:
+# small dictionaries would otherwise start with every feature on everywhere.
+_FIRING_TOKENS, _FIRING_BOUNDS = 10_000, (1e-4, 0.05)
+
+
+def open_store(config: TrainingConfig) -> BaseActivationStore:
+    """The activations that a configuration names.
+
+    Raises:
+        ConfigError: it names none.
+        DatasetError: they cannot be read.
+    """
+    shared: dict[str, Any] = {
+        "batch_size_tokens": config.train_batch_size_tokens,
+        "seed": config.seed,
+        "dtype": getattr(torch, config.activation_dtype),
+        "sampling_strategy": config.sampling_strategy,
+    }
+    if config.activation_source == "remote":
+        return RemoteActivationStore(
+            config.server_url or "",
+            config.dataset_id or "",
+            timeout_seconds=config.remote_timeout,
+            max_retries=config.remote_max_retries,
+            prefetch_batches=config.remote_prefetch_batches,
+            **shared,
+        )
+    if config.activation_path is None:
+        raise ConfigError(
+            "TrainingConfig.activation_path is not set and no store was given. "
+            "Point it at a folder that `clt generate` wrote, for example .../train."
+        )
+    return LocalActivationStore(config.activation_path, **shared)
+
+
+def require_same_shape(config: CLTConfig, store: BaseActivationStore) -> None:
+    """Refuse data with another number of layers or dimensions than the transcoder.
+
+    Raises:
+        ConfigError: naming both values.
+    """
+    for name, ours, data in (
+        ("num_layers", config.num_layers, store.n_layers),
+        ("d_model", config.d_model, store.d_model),
+    ):
+        if ours != data:
+            raise ConfigError(
+                f"CLTConfig.{name} = {ours}, but the activations have {name} = {data}. They were probably "
+                f"captured from another host. Set {name} = {data} or capture again."
+            )
+
+
+def build_model(config: CLTConfig, store: BaseActivationStore, device: torch.device, seed: int) -> CrossLayerTranscoder:
+    """A transcoder with random weights, the data's standardisation, and encoder biases that let every feature fire."""
+    model = CrossLayerTranscoder(config, device=device, seed=seed)
+    sides = store.statistics.inputs, store.statistics.targets
+    values = [part.float().to(device) for side in sides for part in (side.mean, side.std)]
+    model.fit_standardisation(ActivationStatistics(*values))
+    batch = first_tokens(store, _BIAS_TOKENS).to(device)
+    total = config.num_features * config.num_layers
+    low, high = _FIRING_BOUNDS
+    model.fit_encoder_bias(batch.inputs, min(max(_FIRING_TOKENS / total, low), high))
+    return model
+
+
+def first_tokens(store: BaseActivationStore, n_tokens: int) -> ActivationBatch:
+    """The next few batches of a store, which is then put back to where it was."""
+    state = store.state_dict()
+    batches: list[ActivationBatch] = []
+    while sum(batch.n_tokens for batch in batches) < n_tokens:
+        batches.append(next(store))
+    store.load_state_dict(state)
+    return ActivationBatch(
+        inputs=torch.cat([batch.inputs for batch in batches], 1),
+        targets=torch.cat([batch.targets for batch in batches], 1),
+        kind=torch.cat([batch.kind for batch in batches]),
+        sample=torch.cat([batch.sample for batch in batches]),
+        position=torch.cat([batch.position for batch in batches]),
+    )
+
+
+def data_fingerprint(store: BaseActivationStore) -> str:
+    """A short name for the values of a data set: a hash of its statistics."""
+    digest = hashlib.sha256()
+    for side in (store.statistics.inputs, store.statistics.targets):
+        for part in (side.mean, side.std):
+            digest.update(part.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,180 @@
+"""One optimiser step: micro-batches, lower precision, clipping, and what happens when a number is not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Integer
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from clt.config import TrainingConfig
+from clt.errors import TrainingError
+from clt.models import CrossLayerTranscoder
+from clt.training.diagnose import explain_nonfinite
+from clt.training.ema import WeightAverage
+from clt.training.losses import Losses, LossManager
+from clt.training.optim import build_optimizer, set_learning_rate
+from clt.training.schedules import default_learning_rate, k_factor, learning_rate_factor
+from clt.types import ActivationBatch
+
+_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Below this loss scale an fp16 overflow is no matter of scale any more.
+_SMALLEST_SCALE = 1.0
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step computed, for those who count and report."""
+
+    losses: Losses
+    gradient_norm: Float[Tensor, ""]
+    fired: Integer[Tensor, "layer feature"]
+    """On how many tokens of the batch each feature was on."""
+    n_tokens: int
+    skipped: bool = False
+    """The weights were left as they were."""
+
+
+class _Pass(nn.Module):
+    """Forward and losses of one micro-batch as one callable, so that it can be compiled and run in another type."""
+
+    def __init__(self, model: CrossLayerTranscoder, losses: LossManager) -> None:
+        super().__init__()
+        self.model = model
+        self._losses = losses
+
+    def forward(self, batch: ActivationBatch, step: int, dead: Tensor) -> tuple[Losses, Tensor]:
+        model = self.model
+        targets = model.standardise_targets(batch.targets.transpose(0, 1))
+        forward = model.forward_training(batch.inputs, k_factor(self._losses.config, step))
+        losses = self._losses.compute(model, forward, batch.inputs, targets, step, dead)
+        return losses, torch.stack([code.fired() for code in forward.codes])
+
+
+class Engine:
+    """A transcoder and everything that changes it."""
+
+    def __init__(self, model: CrossLayerTranscoder, config: TrainingConfig) -> None:
+        """Build optimiser, loss scaler and weight average.
+
+        Raises:
+            ConfigError: the optimiser needs a package that is not installed.
+        """
+        self.model, self.config = model, config
+        self.device = model.b_dec.device
+        n_features = model.config.num_features
+        self.peak_learning_rate = config.learning_rate or default_learning_rate(n_features)
+        self.optimizer = build_optimizer(model, config, n_features)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        self.average = None if config.ema_decay is None else WeightAverage(model, config.ema_decay)
+        self.n_skipped = 0
+        """Steps left out because of a NaN or an infinity."""
+        self._pass = _Pass(model, LossManager(config))
+        if config.torch_compile:
+            self._pass.compile()
+
+    @property
+    def learning_rate(self) -> float:
+        """The present one."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def step(self, batch: ActivationBatch, step: int, dead: Bool[Tensor, "layer feature"]) -> StepResult:
+        """One optimiser step on one batch.
+
+        Raises:
+            TrainingError: a loss or a gradient is not finite, more often than `skip_nonfinite_steps` allows.
+        """
+        config = self.config
+        before = self.model.running_threshold.clone()
+        self.optimizer.zero_grad(set_to_none=True)
+        result = self._accumulate(batch, step, dead)
+        self.scaler.unscale_(self.optimizer)
+        limit = config.gradient_clip_val or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit, foreach=True)
+        result = StepResult(result.losses, norm.detach(), result.fired, result.n_tokens)
+        # The one wait for the device of a step: nothing may reach the weights before this is known.
+        if not torch.isfinite(result.losses.total + norm):
+            return self._skip(result, batch, step, before)
+        set_learning_rate(self.optimizer, self.peak_learning_rate * learning_rate_factor(config, step))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average is not None:
+            self.average.update()
+        return result
+
+    def _accumulate(self, batch: ActivationBatch, step: int, dead: Tensor) -> StepResult:
+        """Gradients of the whole batch, a micro-batch at a time."""
+        totals: dict[str, Tensor] = {}
+        fired = torch.zeros_like(dead, dtype=torch.int64)
+        for part in self._micro_batches(batch):
+            losses, on = self._run(part.to(self.device), step, dead)
+            losses = _weighted(losses, part.n_tokens / batch.n_tokens, self.config)
+            self.scaler.scale(losses.total).backward()
+            fired += on
+            for name in Losses.__dataclass_fields__:
+                value = getattr(losses, name).detach()
+                totals[name] = totals[name] + value if name in totals else value
+        summed = Losses(**totals)
+        return StepResult(summed, summed.total.new_zeros(()), fired, batch.n_tokens)
+
+    def _micro_batches(self, batch: ActivationBatch) -> Iterator[ActivationBatch]:
+        size = self.config.micro_batch_tokens or batch.n_tokens
+        if size >= batch.n_tokens:
+            yield batch
+            return
+        for start in range(0, batch.n_tokens, size):
+            yield _rows(batch, start, start + size)
+
+    def _run(self, batch: ActivationBatch, step: int, dead: Tensor) -> tuple[Losses, Tensor]:
+        with torch.autograd.set_detect_anomaly(self.config.debug_anomaly):
+            if self.config.precision == "fp32":
+                return self._pass(batch, step, dead)
+            half = _HALF[self.config.precision]
+            weights = {
+                f"model.{name}": value if "log_threshold" in name else value.to(half)
+                for name, value in self.model.named_parameters()
+            }
+            return functional_call(self._pass, weights, (batch, step, dead))
+
+    def _skip(self, result: StepResult, batch: ActivationBatch, step: int, threshold: Tensor) -> StepResult:
+        """Leave the step out, or stop the run."""
+        overflow = self.scaler.is_enabled() and bool(torch.isfinite(result.losses.total))
+        if not (overflow and self.scaler.get_scale() > _SMALLEST_SCALE):
+            if self.n_skipped >= self.config.skip_nonfinite_steps:
+                raise TrainingError(self._explain(result, batch, step))
+            self.n_skipped += 1
+        self.scaler.update()  # halves the scale
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.running_threshold.copy_(threshold)
+        return StepResult(result.losses, result.gradient_norm, result.fired, result.n_tokens, skipped=True)
+
+    def _explain(self, result: StepResult, batch: ActivationBatch, step: int) -> str:
+        skipped = f" after {self.n_skipped} skipped steps" if self.n_skipped else ""
+        where = explain_nonfinite(self.model, result.losses, batch.to(self.device))
+        return (
+            f"Step {step}{skipped}: {where} (learning rate {self.peak_learning_rate:.3g}, precision "
+            f"{self.config.precision}).\nUsual causes: too high a learning rate, or activations with NaN. The last "
+            "checkpoint is untouched; --skip-nonfinite-steps N leaves out up to N such steps."
+        )
+
+
+def _rows(batch: ActivationBatch, start: int, stop: int) -> ActivationBatch:
+    return ActivationBatch(
+        inputs=batch.inputs[:, start:stop],
+        targets=batch.targets[:, start:stop],
+        kind=batch.kind[start:stop],
+        sample=batch.sample[start:stop],
+        position=batch.position[start:stop],
+    )
+
+
+def _weighted(losses: Losses, share: float, config: TrainingConfig) -> Losses:
+    """A micro-batch's part of the full batch's losses; what is a sum over tokens is not a mean."""
+    if share == 1:
+        return losses
+    sums = {"sparsity"} if config.sparsity_reduction == "sum_tokens" else set()
+    names = Losses.__dataclass_fields__
+    return Losses(**{name: getattr(losses, name) * (1 if name in sums else share) for name in names})

@@ -1,0 +1,92 @@
+"""Trains in child processes that kill themselves (SIGKILL) at given moments, until one finishes.
+
+Run as `python resume_driver.py DATA RUN FAMILY MOMENT...`; a moment is `step:7` or `write:2` (in the middle of the
+second checkpoint that this child writes). The last child has no moment. Only children compute, so forking is safe.
+"""
+
+import os
+import signal
+import sys
+
+import torch
+
+from clt.config import CLTConfig, TrainingConfig
+from clt.training import checkpointing
+from clt.training.trainer import CLTTrainer
+from tests.tiny_data import store_of
+
+FAMILIES = {
+    "jumprelu": {"activation_fn": "jumprelu"},
+    "batchtopk": {"activation_fn": "batchtopk", "batchtopk_k": 12},
+}
+
+
+class KillAt:
+    """A tracker that kills the process at a step."""
+
+    def __init__(self, step):
+        self.at = step
+
+    def log(self, step, values):
+        if step == self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def close(self):
+        pass
+
+
+def kill_in_write(number):
+    """Kill the process half-way through its `number`th checkpoint: weights written, the trainer's state cut off."""
+    written, save = [], checkpointing.save_tensors
+
+    def save_half(tensors, path):
+        written.append(path)
+        save(tensors, path)
+        if len(written) == number:
+            path.write_bytes(path.read_bytes()[:100])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpointing.save_tensors = save_half
+
+
+def trainer_of(data, run, family, moment="step:-1"):
+    kind, number = moment.split(":")
+    if kind == "write":
+        kill_in_write(int(number))
+    training = TrainingConfig(
+        training_steps=20,
+        train_batch_size_tokens=64,
+        micro_batch_tokens=32,
+        activation_path=data,
+        log_interval=1,
+        eval_interval=5,
+        checkpoint_interval=3,
+        dead_feature_window=100,
+        learning_rate=1e-2,
+        ema_decay=0.9,
+    )
+    config = CLTConfig(num_features=24, num_layers=3, d_model=8, **FAMILIES[family])
+    trackers = [KillAt(int(number))] if kind == "step" else []
+    return CLTTrainer(config, training, run, "cpu", held_out=store_of(data).one_pass, trackers=trackers)
+
+
+def in_child(data, run, family, moment):
+    """The signal that ended the child, 0 if it finished."""
+    child = os.fork()
+    if child == 0:
+        trainer_of(data, run, family, moment).train()
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert not os.WIFEXITED(status) or os.WEXITSTATUS(status) == 0
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+
+
+def main(data, run, family, *moments):
+    torch.set_num_threads(1)
+    for moment in moments:
+        assert in_child(data, run, family, moment) == signal.SIGKILL, moment
+    assert in_child(data, run, family, "step:-1") == 0
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
