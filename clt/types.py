@@ -17,6 +17,28 @@ from jaxtyping import Float, Integer, UInt8
 from PIL import Image
 from torch import Tensor
 
+from clt.errors import ConfigError
+
+
+def choose_device(device: torch.device | str | None = None) -> torch.device:
+    """The device asked for, or a GPU if there is one.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"{device!r} is no torch device. Use cpu, cuda, cuda:1, mps, ... or leave it out.") from None
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device = {str(device)!r}, but this torch ({torch.__version__}) sees {torch.cuda.device_count()} CUDA "
+            "devices. Leave the device out to run on the CPU, or install a CUDA build of torch and check `nvidia-smi`."
+        )
+    return chosen
+
 
 class TokenKind(IntEnum):
     """What a token is made of; stored as one byte per token."""

@@ -26,6 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from transformers.utils import logging
 
 from clt.errors import HostModelError
+from clt.types import choose_device
 
 
 class LoadedHost(NamedTuple):
@@ -78,7 +79,7 @@ def load_host(
         )
     _check_complete(name, report)
     if "device_map" not in model_options:
-        model = model.to(default_device() if device is None else device)
+        model = model.to(choose_device(device))
     return LoadedHost(model.eval().requires_grad_(False), tokenizer, processor)
 
 
@@ -87,11 +88,6 @@ def sees_images(config: PreTrainedConfig) -> bool:
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return False
     return type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "vision_config", None) is not None
-
-
-def default_device() -> torch.device:
-    """A GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from clt.training.convert import Calibration, Drift, as_jumprelu, calibrate, est
 from clt.training.evaluator import evaluate
 from clt.training.loading import load_model
 from clt.training.setup import require_same_shape
-from clt.types import ActivationBatch
+from clt.types import ActivationBatch, choose_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +130,7 @@ def convert(options: Options) -> tuple[CrossLayerTranscoder, Drift | None]:
         ConfigError: the family has no choice to convert, or the method needs activations.
         TrainingError: the drift is above the tolerance and not forced.
     """
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(options.device)
     model = load_model(Path(options.clt), None if options.config is None else Path(options.config), device)
     family = model.config.activation_fn
     if family not in ("topk", "batchtopk"):

@@ -20,6 +20,7 @@ from clt.data.stores import LocalActivationStore
 from clt.errors import ConfigError
 from clt.models import CrossLayerTranscoder
 from clt.training.evaluator import Evaluation, evaluate
+from clt.types import choose_device
 from clt.viz.training_plots import density_per_layer, error_by_distance, per_layer, save
 
 
@@ -45,7 +46,7 @@ def held_out_folder(data: str) -> Path:
 
 def evaluate_folder(options: InferenceConfig) -> Evaluation:
     """Every held-out token once (or the first `max_eval_batches` batches)."""
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(options.device)
     model = CrossLayerTranscoder.from_pretrained(options.clt_checkpoint_path, device)
     store = LocalActivationStore(
         held_out_folder(options.data_path),

@@ -22,6 +22,7 @@ from clt.config.base import write_text_atomically
 from clt.errors import ConfigError
 from clt.training.layer_files import LayerFiles
 from clt.training.layer_transcoder import LayerResult, LayerTrainer, LayerTraining
+from clt.types import choose_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +136,7 @@ def main(options: Options) -> None:
         sys.stderr.write("note: --clt-mode and --cross-layer-depth have no effect: the files say how many targets.\n")
     config = read_config(options.config)
     outputs = config["outputs"]
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = str(choose_device(options.device))
     files = LayerFiles(Path(outputs["activations_dir"]) / f"L{options.layer}", options.cache_batches)
     training = LayerTraining(
         steps=options.steps,

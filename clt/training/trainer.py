@@ -27,7 +27,7 @@ from clt.training.services import require_services, service_trackers
 from clt.training.setup import build_model, data_fingerprint, open_store, require_same_shape
 from clt.training.step import Engine, StepResult
 from clt.training.trackers import JSONLTracker, ProgressTracker, Tracker
-from clt.types import ActivationBatch
+from clt.types import ActivationBatch, choose_device
 
 
 class CLTTrainer:
@@ -67,7 +67,7 @@ class CLTTrainer:
             clt_config = clt_config.replace(normalization_method=training_config.normalization_method)
         require_services(training_config)
         self.clt_config, self.config = clt_config, training_config
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = choose_device(device)
         self.folder = RunFolder(log_dir)
         self.store = store if store is not None else open_store(training_config)
         require_same_shape(clt_config, self.store)

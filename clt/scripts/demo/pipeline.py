@@ -144,6 +144,7 @@ class Demo:
             activation_dir=str(folder),
             max_samples=self.amounts.scenes,
             inference_batch_size=128,
+            chunk_token_threshold=65_536,
         )
         data = ActivationGenerator(config).run()
         train, held_out = LocalActivationStore(data / "train"), LocalActivationStore(data / "held_out")
