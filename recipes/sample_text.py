@@ -1,6 +1,6 @@
-"""Text for a model without a corpus at hand: sampled from the model itself at temperature 1, so exactly its own distribution.
+"""Text for a model without a corpus at hand, sampled from the model itself at temperature 1.
 
-    python recipes/sample_text.py --model PATH_OR_HUB_ID --output stories.jsonl --texts 4000
+Run: python recipes/sample_text.py --model PATH_OR_HUB_ID --output stories.jsonl --texts 4000
 """
 
 import json

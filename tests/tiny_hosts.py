@@ -195,7 +195,7 @@ class PlainTranscoder(BaseTranscoder):
     def bias(self, target):
         return self.biases[target]
 
-    def decode(self, features):
+    def decode(self, features, inputs=None):
         out = self.biases[:, None].repeat(1, features.shape[1], 1)
         for source, a in enumerate(features):
             for target in self.config.targets_of(source):

@@ -15,12 +15,14 @@ from clt.activation_generation.corpus import dataset_folder, host_path, is_world
 from clt.activation_generation.packing import TextPacker, Tokenizer
 from clt.activation_generation.publish import Publisher
 from clt.config import ActivationConfig
+from clt.data.background import Background
 from clt.data.client import ServerClient
 from clt.data.codecs import Codec
 from clt.data.files import write_file
 from clt.data.metadata import METADATA_FILE, DatasetInfo, read_json
 from clt.data.progress import require_same_plan
 from clt.data.sources import read_metadata
+from clt.data.streaming import StreamingActivationStore
 from clt.data.writer import ActivationWriter
 from clt.errors import DatasetError
 from clt.lm import HostInputs, ModelAdapter
@@ -93,6 +95,24 @@ class ActivationGenerator:
                 if publisher is not None:
                     publisher.finish(read_metadata(self.splits[split]).shards)
         return self.folder
+
+    def stream(self, **options: Any) -> StreamingActivationStore:
+        """The training part of the data set as a live store that never touches the disk.
+
+        Args:
+            options: see `StreamingActivationStore`.
+        """
+        adapter = self._adapter or self._load_host()
+        options = {"seed": self.config.seed, **options}
+        return StreamingActivationStore(lambda _: self._live(adapter), **options)
+
+    @torch.no_grad()
+    def _live(self, adapter: ModelAdapter) -> Iterator[ActivationBatch]:
+        for rows in self._batches(adapter):
+            if rows.split == "train":
+                inputs = rows.prepare(adapter)
+                if n_tokens := self._count(inputs):
+                    yield self._capture(adapter, inputs, rows, n_tokens)
 
     def _make(self, publishers: Mapping[Split, Publisher | None]) -> None:
         adapter = self._adapter or self._load_host()
@@ -187,7 +207,11 @@ class ActivationGenerator:
         limit = self.config.target_total_tokens
         total = 0
         # disable=None: no bar where nobody looks (a file, a pipe).
-        with tqdm(total=limit, unit=" tokens", unit_scale=True, file=sys.stderr, disable=None) as bar:
+        # The writer shuffles, measures and saves a batch while the host is at the next one.
+        with (
+            tqdm(total=limit, unit=" tokens", unit_scale=True, file=sys.stderr, disable=None) as bar,
+            Background() as background,
+        ):
             for rows in self._batches(adapter):
                 inputs = rows.prepare(adapter)
                 n_tokens = self._count(inputs)
@@ -195,7 +219,7 @@ class ActivationGenerator:
                     n_tokens = min(n_tokens, limit - total)
                 writer = writers.get(rows.split)
                 if writer is not None and rows.mark >= writer.resume_mark and n_tokens > 0:
-                    writer.append(self._capture(adapter, inputs, rows, n_tokens), mark=rows.mark)
+                    background.do(writer.append, self._capture(adapter, inputs, rows, n_tokens), mark=rows.mark)
                 total += n_tokens
                 bar.update(n_tokens)
                 if limit is not None and total >= limit:

@@ -177,11 +177,11 @@ def _from_records(data: UInt8[np.ndarray, " byte"], writer: ActivationWriter) ->
 
 
 def _hashes(rows: Rows) -> UInt64[np.ndarray, " token"]:
-    """A 64-bit hash of each row: a random linear map of its 16-bit words, then mixed (the finaliser of MurmurHash3)."""
+    """A 64-bit hash of each row: a random linear map of its 64-bit words, then mixed (the finaliser of MurmurHash3)."""
     records = _to_records(rows)
-    words = np.pad(records, ((0, 0), (0, records.shape[1] % 2))).view(np.uint16)
+    words = np.pad(records, ((0, 0), (0, -records.shape[1] % 8))).view(np.uint64)
     factors = np.random.default_rng(0).integers(1, 2**63, size=words.shape[1], dtype=np.uint64) | np.uint64(1)
-    mixed = words.astype(np.uint64) @ factors
+    mixed = words @ factors
     mixed ^= mixed >> np.uint64(33)
     mixed *= np.uint64(0xFF51AFD7ED558CCD)
     return mixed ^ (mixed >> np.uint64(33))

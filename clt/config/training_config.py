@@ -109,6 +109,8 @@ class TrainingConfig(Config):
     """Steepness of the tanh in the sparsity penalty (4 in Anthropic's January 2025 update, 1 in the seeds)."""
     sparsity_reduction: Literal["mean_tokens", "sum_tokens"] = "mean_tokens"
     """Mean over tokens, or crosslayer-coding's sum (which grows with the batch)."""
+    sparsity_span_penalty: float = 0.0
+    """Extra sparsity weight per layer of distance, for every target a feature clearly writes to; 0: off."""
     apply_sparsity_penalty_to_batchtopk: bool = False
     """Also charge batchtopk features the sparsity penalty."""
     preactivation_coef: float = 3e-6

@@ -3,6 +3,7 @@
 from clt.data.metadata import DatasetInfo, Metadata
 from clt.data.statistics import SideStatistics, Statistics
 from clt.data.stores import BaseActivationStore, LocalActivationStore, RemoteActivationStore
+from clt.data.streaming import StreamingActivationStore
 from clt.data.writer import ActivationWriter
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "RemoteActivationStore",
     "SideStatistics",
     "Statistics",
+    "StreamingActivationStore",
 ]

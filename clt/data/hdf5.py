@@ -15,7 +15,7 @@ from typing import Any
 import h5py
 import numpy as np
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Int64, Shaped
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
@@ -99,11 +99,13 @@ class Hdf5Chunk:
             self._array(f"layer_{layer}/{name}", metadata) for name in SIDES for layer in range(metadata["num_layers"])
         ]
 
-    def read(self, start: int, stop: int, out: Shaped[Tensor, "token side layer d_model"]) -> None:
+    def read(
+        self, chosen: slice | Int64[np.ndarray, " token"], out: Shaped[Tensor, "token side layer d_model"]
+    ) -> None:
         """Copy some rows into `out`."""
         layers = out.shape[2]
         for index, array in enumerate(self._arrays):
-            values = torch.from_numpy(np.asarray(array[start:stop]))
+            values = torch.from_numpy(_pick(array, chosen))
             out[:, index // layers, index % layers] = values.view(out.dtype)
 
     def _array(self, name: str, metadata: Mapping[str, Any]) -> Any:
@@ -128,6 +130,17 @@ class Hdf5Chunk:
         if offset is None or array.chunks is not None:
             return array
         return np.memmap(self.path, dtype=array.dtype, mode="c", offset=offset, shape=array.shape)
+
+
+def _pick(array: Any, chosen: slice | Int64[np.ndarray, " token"]) -> np.ndarray:
+    if isinstance(chosen, slice) or isinstance(array, np.ndarray):
+        return np.asarray(array[chosen])
+    # HDF5 takes ascending rows without repetition, and is slow at scattered ones: read the span they lie in.
+    first, last = int(chosen.min()), int(chosen.max())
+    if last - first < 64 * len(chosen):
+        return array[first : last + 1][chosen - first]
+    unique, inverse = np.unique(chosen, return_inverse=True)
+    return array[unique][inverse]
 
 
 def stored_dtype(path: Path) -> str:

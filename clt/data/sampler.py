@@ -56,7 +56,7 @@ class RunSampler:
         return -(-self.total // self.batch_size)
 
     def batch(self, epoch: int, step: int) -> list[Run]:
-        """The runs that make up batch `step` of `epoch`."""
+        """The runs that make up batch `step` of `epoch`, by shard and row, so that they are read in one sweep."""
         self._prepare(epoch)
         first, last = step * self.batch_size, min((step + 1) * self.batch_size, self.total)
         begin = int(np.searchsorted(self._ends, first, side="right"))
@@ -65,7 +65,7 @@ class RunSampler:
         runs[-1, 2] -= int(self._ends[end - 1]) - last
         head = int(self._ends[begin - 1]) if begin else 0
         runs[0, 1] += first - head
-        return [Run(*run) for run in runs.tolist()]
+        return [Run(*run) for run in sorted(runs.tolist())]
 
     def _prepare(self, epoch: int) -> None:
         if self._epoch != epoch:

@@ -1,6 +1,8 @@
 """Where rows come from: a source knows its shards and reads runs of rows, and nothing of order or epochs."""
 
+import itertools
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,8 +78,10 @@ class LocalSource(ShardSource):
         self._pool = BufferPool()
 
     @abstractmethod
-    def copy_run(self, run: Run, out: Shaped[Tensor, "token side layer d_model"]) -> dict[str, np.ndarray]:
-        """Put the rows of a run into `out` and return their columns."""
+    def copy_rows(
+        self, shard: int, chosen: slice | Int64[np.ndarray, " token"], out: Shaped[Tensor, "token side layer d_model"]
+    ) -> Mapping[str, np.ndarray]:
+        """Put some rows of a shard into `out`; returns the columns of the whole shard."""
 
     def read(self, runs: list[Run]) -> Rows:
         total = sum(run.stop - run.start for run in runs)
@@ -86,12 +90,12 @@ class LocalSource(ShardSource):
         columns = {"sample": np.empty(total, np.int64), "position": np.empty(total, np.int32)}
         columns["kind"] = np.empty(total, np.uint8)
         at = 0
-        for run in runs:
-            end = at + run.stop - run.start
-            stored = self.copy_run(run, rows[at:end])
+        for shard, group in itertools.groupby(runs, key=lambda run: run.shard):
+            chosen, n_tokens = _chosen(list(group))
+            stored = self.copy_rows(shard, chosen, rows[at : at + n_tokens])
             for name, column in columns.items():
-                column[at:end] = stored[name][run.start : run.stop]
-            at = end
+                column[at : at + n_tokens] = stored[name][chosen]
+            at += n_tokens
         return Rows(rows, *(torch.from_numpy(column) for column in columns.values()))
 
     def statistics(self) -> Statistics:
@@ -110,14 +114,17 @@ class RowSource(LocalSource):
         super().__init__(folder, metadata)
         self._files = [RowFile(folder / shard.file, self.layout, shard.tokens) for shard in metadata.shards]
 
-    def copy_run(self, run: Run, out: Shaped[Tensor, "token side layer d_model"]) -> dict[str, np.ndarray]:
-        file = self._files[run.shard]
-        rows = file.rows[run.start : run.stop]
+    def copy_rows(
+        self, shard: int, chosen: slice | Int64[np.ndarray, " token"], out: Shaped[Tensor, "token side layer d_model"]
+    ) -> Mapping[str, np.ndarray]:
+        file = self._files[shard]
         if self.layout.dtype == "int8":
-            scale = torch.from_numpy(np.array(file.columns["scale"][run.start : run.stop]))
-            out[:] = dequantise(rows, scale, out.dtype)
+            scale = torch.from_numpy(np.array(file.columns["scale"][chosen]))
+            out[:] = dequantise(file.rows[chosen], scale, out.dtype)
+        elif isinstance(chosen, slice):
+            out[:] = file.rows[chosen]
         else:
-            out[:] = rows
+            torch.index_select(file.rows, 0, torch.from_numpy(chosen), out=out)
         return file.columns
 
 
@@ -133,10 +140,23 @@ class Hdf5Source(LocalSource):
         }
         self._chunks = [Hdf5Chunk(folder / shard.file, shard.tokens, values) for shard in metadata.shards]
 
-    def copy_run(self, run: Run, out: Shaped[Tensor, "token side layer d_model"]) -> dict[str, np.ndarray]:
-        chunk = self._chunks[run.shard]
-        chunk.read(run.start, run.stop, out)
+    def copy_rows(
+        self, shard: int, chosen: slice | Int64[np.ndarray, " token"], out: Shaped[Tensor, "token side layer d_model"]
+    ) -> Mapping[str, np.ndarray]:
+        chunk = self._chunks[shard]
+        chunk.read(chosen, out)
         return chunk.columns
+
+
+def _chosen(runs: list[Run]) -> tuple[slice | Int64[np.ndarray, " token"], int]:
+    """Runs of one shard as an index: a slice if they are neighbours."""
+    _, starts, stops = np.array(runs, dtype=np.int64).T
+    if np.array_equal(stops[:-1], starts[1:]):
+        return slice(runs[0].start, runs[-1].stop), runs[-1].stop - runs[0].start
+    lengths = stops - starts
+    before = np.cumsum(lengths) - lengths
+    rows = np.repeat(starts - before, lengths) + np.arange(lengths.sum())
+    return rows, len(rows)
 
 
 def verify_checksums(folder: Path, metadata: Metadata) -> None:

@@ -11,6 +11,7 @@ import torch
 from clt.config.base import require_positive
 from clt.data.client import ServerClient
 from clt.data.metadata import Metadata
+from clt.data.objects import ObjectSource, is_url
 from clt.data.prefetch import ReadAhead
 from clt.data.remote import RemoteSource
 from clt.data.sampler import Run, RunSampler, SamplingStrategy
@@ -247,7 +248,7 @@ class LocalActivationStore(ManifestActivationStore):
     Batches are read through a memory map into memory that is used again once nobody holds the batch.
 
     Args:
-        path: the folder.
+        path: the folder, or a URL of an object store or web server (`s3://`, `gs://`, `az://`, `https://`, `file://`).
         options: see `ManifestActivationStore`.
 
     Raises:
@@ -268,7 +269,7 @@ class LocalActivationStore(ManifestActivationStore):
         prefetch_batches: int | None = None,
     ) -> None:
         super().__init__(
-            open_local(path),
+            ObjectSource(str(path)) if is_url(path) else open_local(path),
             batch_size_tokens=batch_size_tokens,
             seed=seed,
             dtype=dtype,

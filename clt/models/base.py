@@ -32,9 +32,17 @@ class BaseTranscoder(nn.Module, ABC):
         """What is added to the MLP output of `target` whatever the features do."""
 
     @abstractmethod
-    def decode(self, features: Float[Tensor, "layer token feature"]) -> Float[Tensor, "layer token d_model"]:
-        """All MLP outputs: the biases plus the contributions of all sources."""
+    def decode(
+        self,
+        features: Float[Tensor, "layer token feature"],
+        inputs: Float[Tensor, "layer token d_model"] | None = None,
+    ) -> Float[Tensor, "layer token d_model"]:
+        """All MLP outputs: the biases plus the contributions of all sources, plus the skip connections of `inputs`."""
+
+    def skip(self, source: int, inputs: Float[Tensor, "token d_model"]) -> Float[Tensor, "target token d_model"]:
+        """What one layer's input adds, past its features, to each MLP output of `config.skip_targets_of(source)`."""
+        return inputs.new_zeros(0, *inputs.shape)
 
     def forward(self, inputs: Float[Tensor, "layer token d_model"]) -> Float[Tensor, "layer token d_model"]:
         """Predicted MLP outputs for what the MLPs read."""
-        return self.decode(self.encode(inputs))
+        return self.decode(self.encode(inputs), inputs)

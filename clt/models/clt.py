@@ -5,7 +5,8 @@
 
 (Ameisen et al. 2025, "Circuit Tracing", methods.) The decoders of a source lie side by side, `[feature, target,
 d_model]`: a feature's whole effect is one row, so decoding is one product (or one gather) per source, the decoder
-norm is a row norm, and the gradient of a source is complete as soon as its own backward has run.
+norm is a row norm, and the gradient of a source is complete as soon as its own backward has run. Decoders that share
+matrices are in clt/models/decoders.py; a skip connection adds W_skip x_s.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from clt.errors import ConfigError
 from clt.models.activations import batch_threshold, count_kept, jumprelu, keep_above, topk_indices
 from clt.models.base import BaseTranscoder
 from clt.models.codes import Codes, DenseCodes, SparseCodes, add_windows
+from clt.models.decoders import build_decoders, decoder_parameters
+from clt.models.initialise import initialise
 from clt.models.standardise import ActivationStatistics, fit_scaling
 
 # Share of the old value in the running mean of batchtopk's threshold.
 _THRESHOLD_MEMORY = 0.99
-# Spreads (seed, layer, block) over the seeds of the initial weights.
-_PRIME = 1_000_003
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,13 @@ class TrainingForward:
 class CrossLayerTranscoder(BaseTranscoder):
     """Encoders of every layer and decoders of every (source, target) pair in the window."""
 
+    W_dec: nn.ParameterList
+    U_dec: nn.ParameterList
+    V_dec: nn.ParameterList
+    feature_offset: nn.ParameterList
+    feature_scale: nn.ParameterList
+    W_skip: nn.ParameterList
+
     def __init__(
         self, config: CLTConfig, process_group: None = None, device: torch.device | str | None = None, seed: int = 0
     ) -> None:
@@ -55,9 +63,11 @@ class CrossLayerTranscoder(BaseTranscoder):
         like = {"device": device, "dtype": getattr(torch, config.clt_dtype or "float32")}
         self.W_enc = nn.ParameterList(torch.empty(features, width, **like) for _ in range(layers))
         self.b_enc = nn.ParameterList(torch.zeros(features, **like) for _ in range(layers))
-        self.W_dec = nn.ParameterList(
-            torch.empty(features, len(config.targets_of(source)), width, **like) for source in range(layers)
-        )
+        tensors_of = decoder_parameters(config, torch.empty(0, **like))
+        lists = {name: nn.ParameterList(each) for name, each in tensors_of.items()}
+        for name, tensors in lists.items():
+            self.add_module(name, tensors)
+        self.decoders = build_decoders(config, lists)
         self.b_dec = nn.Parameter(torch.zeros(layers, width, **like))
         if config.activation_fn == "jumprelu":
             start = torch.full((features,), config.jumprelu_threshold, device=device).log()
@@ -79,12 +89,8 @@ class CrossLayerTranscoder(BaseTranscoder):
     # --- set-up -----------------------------------------------------------------------------------------------
 
     def initialise(self, seed: int) -> None:
-        """Encoders U(±1/sqrt(F)), decoders U(±1/sqrt(L d)) (Ameisen et al. 2025), biases 0."""
-        config = self.config
-        with torch.no_grad():
-            for layer in range(config.num_layers):
-                _uniform(self.W_enc[layer], config.num_features**-0.5, seed, 2 * layer)
-                _uniform(self.W_dec[layer], (config.num_layers * config.d_model) ** -0.5, seed, 2 * layer + 1)
+        """Fill encoders and decoders with the random values of a seed."""
+        initialise(self, seed)
 
     def fit_standardisation(self, statistics: ActivationStatistics) -> None:
         """Take scale (and, for mean_std, shift) from the training data; decoder biases start at the targets' mean."""
@@ -143,8 +149,11 @@ class CrossLayerTranscoder(BaseTranscoder):
 
     def decoder_norm(self, layer: int) -> Float[Tensor, " feature"]:
         """Length of each feature's decoder over all its targets, in standardised units."""
-        rows = self.W_dec[layer].flatten(1)
-        return torch.linalg.vector_norm(rows, dim=1, dtype=torch.promote_types(rows.dtype, torch.float32))
+        return self.decoders.norm(layer)
+
+    def decoder_norms(self, layer: int) -> Float[Tensor, "target feature"]:
+        """Length of each feature's decoder for each of its targets, in standardised units."""
+        return self.decoders.pair_norms(layer)
 
     def scores(self, layer: int, h: Float[Tensor, "token feature"]) -> Float[Tensor, "token feature"]:
         """What topk and batchtopk rank by; carries no gradient."""
@@ -160,15 +169,26 @@ class CrossLayerTranscoder(BaseTranscoder):
             inputs: in the host's units.
             k_factor: how many times the configured k is kept (k-annealing).
         """
-        layers = range(self.config.num_layers)
-        h = [self.preactivation(layer, self.standardise_inputs(layer, inputs[layer])) for layer in layers]
+        x = [self.standardise_inputs(layer, each) for layer, each in enumerate(inputs)]
+        h = [self.preactivation(layer, each) for layer, each in enumerate(x)]
         codes = self._activate(h, k_factor)
-        return TrainingForward(self.reconstruct(codes), codes, h)
+        reconstruction = self.reconstruct(codes)
+        if self.config.skip_connection != "none":
+            reconstruction = reconstruction + self._skip_all(x)
+        return TrainingForward(reconstruction, codes, h)
 
     def reconstruct(self, codes: Sequence[Codes]) -> Float[Tensor, "token layer d_model"]:
-        """Biases plus every source's contribution to every target, in standardised units."""
-        parts = [code.decode(weight.flatten(1)) for code, weight in zip(codes, self.W_dec, strict=True)]
-        return self.b_dec + self.add_windows(parts)
+        """Biases plus every source's features' contribution to every target, in standardised units."""
+        return self.b_dec + self.decoders.decode(codes)
+
+    def _skip_all(self, x: Sequence[Float[Tensor, "token d_model"]]) -> Float[Tensor, "token layer d_model"]:
+        """What all skip connections add, in standardised units, as the inputs are."""
+        windows = [self.config.skip_targets_of(source) for source in range(self.config.num_layers)]
+        parts = [self._skip(source, each).transpose(0, 1).flatten(1) for source, each in enumerate(x)]
+        return add_windows(parts, self.config, windows)
+
+    def _skip(self, source: int, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "target token d_model"]:
+        return x.to(self.W_skip[source].dtype) @ self.W_skip[source]
 
     def add_windows(self, parts: Sequence[Float[Tensor, "token _"]]) -> Float[Tensor, "token layer d_model"]:
         """Place each source's output, `[token, target * d_model]`, at the layers it writes to, and sum."""
@@ -181,11 +201,8 @@ class CrossLayerTranscoder(BaseTranscoder):
             case "relu":
                 return [DenseCodes(x.relu()) for x in h]
             case "jumprelu":
-                width, gradient = config.jumprelu_bandwidth, config.jumprelu_gradient
-                return [
-                    DenseCodes(jumprelu(x, self.threshold(layer).to(x.dtype), width, gradient))
-                    for layer, x in enumerate(h)
-                ]
+                how = config.jumprelu_bandwidth, config.jumprelu_gradient, config.jumprelu_reach
+                return [DenseCodes(jumprelu(x, self.threshold(layer).to(x.dtype), *how)) for layer, x in enumerate(h)]
             case "topk":
                 return self._topk(h, k_factor)
             case "batchtopk":
@@ -193,7 +210,7 @@ class CrossLayerTranscoder(BaseTranscoder):
 
     def _topk(self, h: Sequence[Tensor], k_factor: float) -> Sequence[Codes]:
         config = self.config
-        k = round((config.topk_k or 0) * k_factor)
+        k = round(config.topk_count * k_factor)
         scores = [self.scores(layer, x) for layer, x in enumerate(h)]
         if config.topk_mode == "global":
             every = torch.cat(scores, dim=1)
@@ -240,7 +257,7 @@ class CrossLayerTranscoder(BaseTranscoder):
             )
         h = self.preactivation(layer, self.standardise_inputs(layer, inputs))
         if self.config.activation_fn == "topk":
-            chosen = topk_indices(self.scores(layer, h), self.config.topk_k or 0)
+            chosen = topk_indices(self.scores(layer, h), self.config.topk_count)
             return torch.zeros_like(h).scatter(1, chosen, h.gather(1, chosen).relu())
         return keep_above(h, h > self.threshold(layer).to(h.dtype))
 
@@ -257,28 +274,60 @@ class CrossLayerTranscoder(BaseTranscoder):
     ) -> Float[Tensor, "target token d_model"]:
         """What one layer's features add to each MLP output of `config.targets_of(source)`, in the host's units."""
         targets = self.config.targets_of(source)
-        weight = self.W_dec[source]
-        flat = features.to(weight.dtype) @ weight.flatten(1)
+        flat = self.decoders.part(source, DenseCodes(features.to(self.b_dec.dtype)))
         standard = flat.reshape(len(features), len(targets), self.config.d_model)
-        scaled = standard / self.target_scale[targets.start : targets.stop].to(weight.dtype)
+        scaled = standard / self.target_scale[targets.start : targets.stop].to(flat.dtype)
         return scaled.transpose(0, 1)
+
+    def skip(self, source: int, inputs: Float[Tensor, "token d_model"]) -> Float[Tensor, "target token d_model"]:
+        """What one layer's input adds to each MLP output of `config.skip_targets_of(source)`, in the host's units."""
+        if self.config.skip_connection == "none":
+            return super().skip(source, inputs)
+        targets = self.config.skip_targets_of(source)
+        standard = self._skip(source, self.standardise_inputs(source, inputs))
+        return standard / self.target_scale[targets.start : targets.stop, None].to(standard.dtype)
 
     def bias(self, target: int) -> Float[Tensor, " d_model"]:
         """The decoder bias of one MLP output, in the host's units."""
         return self.b_dec[target] / self.target_scale[target] + self.target_shift[target]
 
-    def decode(self, features: Float[Tensor, "layer token feature"]) -> Float[Tensor, "layer token d_model"]:
-        """All MLP outputs, in the host's units."""
-        codes = [DenseCodes(features[layer].to(weight.dtype)) for layer, weight in enumerate(self.W_dec)]
-        standard = self.reconstruct(codes)
+    def decode(
+        self,
+        features: Float[Tensor, "layer token feature"],
+        inputs: Float[Tensor, "layer token d_model"] | None = None,
+    ) -> Float[Tensor, "layer token d_model"]:
+        """All MLP outputs, in the host's units.
+
+        Raises:
+            ConfigError: there is a skip connection, but no inputs to feed it.
+        """
+        standard = self.reconstruct([DenseCodes(each.to(self.b_dec.dtype)) for each in features])
+        if self.config.skip_connection != "none":
+            if inputs is None:
+                raise ConfigError(
+                    f"skip_connection = {self.config.skip_connection!r}: the MLP outputs depend on the inputs too. "
+                    "Call decode(features, inputs)."
+                )
+            x = [self.standardise_inputs(layer, each) for layer, each in enumerate(inputs)]
+            standard = standard + self._skip_all(x)
         return (standard / self.target_scale + self.target_shift).transpose(0, 1)
 
     def decoder(self, source: int, target: int) -> Float[Tensor, "feature d_model"]:
-        """W_dec of one (source, target) pair, in the host's units; row f is what feature f writes."""
+        """W_dec of one (source, target) pair, in the host's units; row f is what feature f writes when it is 1.
+
+        Where features have an offset, writing is not proportional: see `decoders.post.offset`.
+        """
         targets = self.config.targets_of(source)
         if target not in targets:
             raise ValueError(f"Layer {source} writes to layers {list(targets)}, not to {target}.")
-        return self.W_dec[source][:, target - targets.start] / self.target_scale[target]
+        return self.decoders.pair(source, target) / self.target_scale[target]
+
+    @torch.no_grad()
+    def untied(self) -> CrossLayerTranscoder:
+        """The same function with one decoder per (source, target), whatever was shared."""
+        from clt.models.fold import untie
+
+        return untie(self)
 
     @torch.no_grad()
     def folded(self) -> CrossLayerTranscoder:
@@ -303,12 +352,3 @@ class CrossLayerTranscoder(BaseTranscoder):
         from clt.models.checkpoint import load_transcoder
 
         return load_transcoder(cls, Path(folder), device)
-
-
-def _uniform(weight: Tensor, bound: float, seed: int, stream: int, block: int = 256) -> None:
-    """Fill with U(±bound), each block of features from its own seed, so that shards of a dictionary agree."""
-    for start in range(0, len(weight), block):
-        part = weight[start : start + block]
-        generator = torch.Generator().manual_seed(((seed * _PRIME + stream) * _PRIME + start) % 2**63)
-        values = torch.rand(part.shape, generator=generator) * (2 * bound) - bound
-        part.copy_(values)

@@ -80,8 +80,13 @@ class RunningPrediction:
             shaped = features.view(*mlp_input.shape[:-1], -1)
             parts = self._transcoder.contributions(source, self._intervene(source, shaped).reshape(features.shape))
         for target, part in zip(self._transcoder.config.targets_of(source), parts):
-            if target < self._n_layers:
-                self._sums[target] = self._sums[target] + part if target in self._sums else part
+            self._add(target, part)
+        for target, part in zip(self._transcoder.config.skip_targets_of(source), self._transcoder.skip(source, tokens)):
+            self._add(target, part)
+
+    def _add(self, target: int, part: Tensor) -> None:
+        if target < self._n_layers:
+            self._sums[target] = self._sums[target] + part if target in self._sums else part
 
     def _error(self, layer: int, mlp_input: Tensor) -> Tensor:
         assert self._errors is not None

@@ -116,7 +116,7 @@ class CLTEvaluator:
         """Count one batch."""
         batch = batch.to(self.device)
         features = self.model.encode(batch.inputs)
-        prediction = self.model.decode(features)
+        prediction = self.model.decode(features, batch.inputs)
         targets = batch.targets.double()
         error = targets - prediction.double()
         is_kind = torch.stack([batch.kind == kind for kind in TokenKind]).double()

@@ -13,6 +13,7 @@ from torch import Tensor
 from clt.config import TrainingConfig
 from clt.models import CrossLayerTranscoder
 from clt.models.clt import TrainingForward
+from clt.models.codes import DenseCodes
 from clt.training.schedules import sparsity_weight
 
 
@@ -101,9 +102,10 @@ class LossManager:
         The decoder norm, through which gradient flows, closes a loophole: halving an activation while doubling its
         decoder changes neither the output nor the price.
         """
-        price = sum_of(
-            code.price(model.decoder_norm(layer), self.config.sparsity_c) for layer, code in enumerate(forward.codes)
-        )
+        steepness, span = self.config.sparsity_c, self.config.sparsity_span_penalty
+        price = sum_of(code.price(model.decoder_norm(s), steepness) for s, code in enumerate(forward.codes))
+        if span > 0 and model.config.first_target + model.config.span > 1:
+            price = price + span * span_price(model, forward, steepness)
         if self.config.sparsity_reduction == "mean_tokens":
             price = price / len(forward.reconstruction)
         return sparsity_weight(self.config, step) * price
@@ -119,7 +121,11 @@ class LossManager:
         if self.config.preactivation_form == "negative":
             return self.config.preactivation_coef * sum_of((-h[layer]).relu().mean() for layer in layers) / len(h)
         if model.config.activation_fn in ("topk", "batchtopk"):
-            pull = sum_of(((-h[layer]).relu() * model.decoder_norm(layer) * dead[layer]).sum() for layer in layers)
+            names = [dead[layer].nonzero()[:, 0] for layer in layers]
+            pull = sum_of(
+                ((-h[layer][:, names[layer]]).relu() * model.decoder_norm(layer)[names[layer]]).sum()
+                for layer in layers
+            )
             return self.config.preactivation_coef * pull / len(h[0])
         cost = sum_of(
             ((model.threshold(layer) - h[layer]).relu() * model.decoder_norm(layer)).sum() for layer in layers
@@ -133,17 +139,28 @@ class LossManager:
         parts = []
         for layer in range(config.num_layers):
             names = dead[layer].nonzero()[:, 0]
-            weight = model.W_dec[layer][names].flatten(1)
-            h = torch.addmm(
-                model.b_enc[layer][names],
-                model.standardise_inputs(layer, inputs[layer]).to(weight.dtype),
-                model.W_enc[layer][names].T,
-            )
+            weight = model.W_enc[layer][names]
+            x = model.standardise_inputs(layer, inputs[layer]).to(weight.dtype)
+            h = torch.addmm(model.b_enc[layer][names], x, weight.T)
             values, chosen = h.topk(min(wanted, len(names)), dim=1, sorted=False)
             active = torch.zeros_like(h).scatter(1, chosen, values.relu())
-            parts.append(active @ weight)
+            parts.append(model.decoders.part(layer, DenseCodes(active), names))
         left_over = error - model.add_windows(parts).to(error.dtype)
         return (self.config.aux_loss_factor or 0.0) * self._reconstruction(model, left_over)
+
+
+def span_price(model: CrossLayerTranscoder, forward: TrainingForward, steepness: float) -> Float[Tensor, ""]:
+    """Σ distance · tanh(c · norm of the decoder for that target · activation), over tokens, features and targets.
+
+    A feature that clearly writes to a layer d further on pays d for it, on top of what it pays for being on: writing
+    far is left to features that need it. (Lange et al. 2026: cross-layer transcoders gain by skipping over the steps
+    that the host takes one after the other.)
+    """
+    return sum_of(
+        (target - source) * code.price(norm, steepness)
+        for source, code in enumerate(forward.codes)
+        for target, norm in zip(model.config.targets_of(source), model.decoder_norms(source))
+    )
 
 
 def sum_of(terms: Iterable[Tensor]) -> Tensor:

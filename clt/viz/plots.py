@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -11,7 +12,7 @@ from matplotlib.figure import Figure
 
 # One colour per role, the same in every figure; told apart in print and by colour-blind readers (Okabe-Ito).
 COLOURS = {"host": "#4d4d4d", "CLT": "#0072b2", "PLT": "#e69f00", "text": "#0072b2", "image": "#009e73"}
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 10,
     "font.family": "sans-serif",
     "axes.spines.top": False,
@@ -97,7 +98,7 @@ def density_histogram(densities: Mapping[str, np.ndarray]) -> Figure:
         figure = _figure()
         axis = figure.subplots()
         floor = 1e-5
-        bins = np.linspace(-5, 0, 41)
+        bins = np.linspace(-5, 0, 41).tolist()
         for name, density in densities.items():
             logs = np.log10(np.clip(density.ravel(), floor, 1))
             axis.hist(logs, bins, histtype="step", lw=1.5, color=COLOURS[name], label=name)

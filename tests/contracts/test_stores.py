@@ -1,7 +1,11 @@
 """One suite for every store: each token once per epoch, exact positions, and the same rows wherever they lie."""
 
 import json
+import shutil
+import threading
 from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import httpx
 import pytest
@@ -56,12 +60,47 @@ def root(tmp_path_factory):
     return root
 
 
-@pytest.fixture(params=["rows", "hdf5", "server", "seed server"], scope="module")
+class Ranges(SimpleHTTPRequestHandler):
+    """A plain web server that answers requests for ranges."""
+
+    def do_GET(self):
+        data = Path(self.translate_path(self.path)).read_bytes()
+        status, wanted = 200, data
+        if span := self.headers.get("Range"):
+            first, last = span.removeprefix("bytes=").split("-")
+            status, wanted = 206, data[int(first) : int(last) + 1]
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(wanted)))
+        if status == 206:
+            self.send_header("Content-Range", f"bytes {first}-{int(first) + len(wanted) - 1}/{len(data)}")
+        self.send_header("Last-Modified", self.date_time_string(0))
+        self.end_headers()
+        self.wfile.write(wanted)
+
+    def log_message(self, format, *args):
+        """Quiet."""
+
+
+@pytest.fixture(scope="module")
+def web(root):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Ranges, directory=str(root)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(params=["rows", "hdf5", "server", "seed server", "object store", "web"], scope="module")
 def opened(request, root):
     """Opens the same rows in one of the ways there are."""
     if request.param in ("rows", "hdf5"):
         folder = root / "org" / ("set" if request.param == "rows" else "hdf5")
         return partial(LocalActivationStore, folder)
+    if request.param == "object store":
+        return partial(LocalActivationStore, f"file://{root}/org/set")
+    if request.param == "web":
+        address = request.getfixturevalue("web")
+        return partial(LocalActivationStore, f"{address}/org/set")
     transport = through(create_app(root), as_seed=request.param == "seed server")
     return lambda **options: RemoteActivationStore(client=client_of(transport), **options)
 
@@ -195,4 +234,20 @@ def test_answers_of_the_wrong_size_are_refused(root):
 
     store = RemoteActivationStore(client=client_of(httpx.MockTransport(answer)), prefetch_batches=0)
     with pytest.raises(DatasetError, match=r"sent [\d,]+ bytes for .* rows of chunk \d, but [\d,]+ were expected"):
+        next(store)
+
+
+def test_object_stores_that_lack_something_say_so(root, tmp_path):
+    with pytest.raises(DatasetError, match=r"metadata\.json cannot be read"):
+        LocalActivationStore(f"file://{tmp_path}")
+    with pytest.raises(DatasetError, match="only rows in float types"):
+        LocalActivationStore(f"file://{root}/org/hdf5")
+    cut = tmp_path / "cut"
+    shutil.copytree(root / "org" / "set", cut)
+    shard = cut / "shard_00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:5000])
+    store = LocalActivationStore(f"file://{cut}", batch_size_tokens=N_TOKENS)
+    with pytest.raises(DatasetError, match=r"shard_00001.safetensors has 5,000 bytes, but 32 tokens need"):
+        store.verify()
+    with pytest.raises(DatasetError, match=r"shard_00001"):
         next(store)

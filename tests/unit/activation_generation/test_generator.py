@@ -201,3 +201,13 @@ def test_bf16_values_are_the_hosts_own(text):
     stored = all_rows(ActivationGenerator(config, adapter).run())
     exact = config_of(text, held_out_fraction=0, activation_dir=str(text.parent / "exact"))
     assert torch.equal(stored.inputs.float(), all_rows(ActivationGenerator(exact, adapter).run()).inputs)
+
+
+def test_the_stream_is_the_training_part_of_the_data_set(text, llama):
+    generator = ActivationGenerator(config_of(text), llama)
+    stored = all_rows(generator.run() / "train")
+    stream = generator.stream(batch_size_tokens=stored.n_tokens, buffer_tokens=stored.n_tokens)
+    batch = next(stream)
+    live = batch.select((batch.sample * 1000 + batch.position).argsort())
+    assert torch.equal(live.sample, stored.sample)
+    assert torch.equal(live.inputs, stored.inputs)

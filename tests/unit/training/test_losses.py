@@ -146,3 +146,16 @@ def test_sparsity_schedules():
 def test_k_annealing_falls_to_one():
     config = TrainingConfig(training_steps=100, k_anneal_steps=10, k_anneal_start=4.0)
     assert [k_factor(config, step) for step in (0, 5, 10, 99)] == pytest.approx([4.0, 2.5, 1.0, 1.0])
+
+
+def test_dead_topk_features_are_pulled_back_and_living_ones_are_not():
+    model, x, y = model_and_data(activation_fn="topk", topk_k=2)
+    for bias in model.b_enc:
+        bias.data[4:] = -50.0  # negative on every token: AuxK's rectified reconstruction has no gradient for them
+    dead = torch.zeros(3, 6, dtype=torch.bool)
+    dead[:, 4:] = True
+    losses = losses_of(model, x, y, dead=dead, preactivation_coef=1.0)
+    (losses.preactivation + losses.auxiliary).backward()
+    for layer in range(3):
+        assert (model.b_enc[layer].grad[4:] < 0).all()
+        assert (model.b_enc[layer].grad[:4] == 0).all()

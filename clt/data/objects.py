@@ -1,0 +1,144 @@
+"""Rows in an object store or behind a plain web server: `s3://`, `gs://`, `az://`, `http(s)://`, read by ranges."""
+
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import obstore
+import torch
+from obstore.exceptions import BaseError
+from obstore.store import from_url
+
+from clt.data.metadata import METADATA_FILE, ROWS_FORMAT, STATISTICS_FILE, metadata_from_json
+from clt.data.rows import DATA_START, RowLayout
+from clt.data.sampler import Run
+from clt.data.sources import Rows, ShardSource
+from clt.data.statistics import Statistics, read_statistics
+from clt.errors import DatasetError
+
+
+def is_url(path: str | Path) -> bool:
+    """Whether a path names an object store rather than a folder."""
+    return "://" in str(path)
+
+
+class ObjectSource(ShardSource):
+    """A finished data set of rows under a URL; credentials come from the environment, as the stores' own tools do it.
+
+    The small columns of each shard are fetched once, when it is first read; activations range by range.
+
+    Raises:
+        DatasetError: it is not there, not reachable, or not in the format of rows.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        options = {"allow_http": self.url.startswith("http://")} if self.url.startswith("http") else None
+        self._store = from_url(self.url, client_options=options)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        try:
+            values = json.loads(self._get(METADATA_FILE))
+            if values.get("format") != ROWS_FORMAT or values["dtype"] == "int8":
+                raise DatasetError(
+                    f"{self.url} is {values.get('format', 'a seed data set')} as {values.get('dtype')}; only rows in "
+                    "float types can be read by ranges. `clt data convert` makes them, or serve it with `clt serve`."
+                )
+            self.metadata = metadata_from_json(values)
+        except (KeyError, TypeError, ValueError) as error:
+            raise DatasetError(f"{self.url}/{METADATA_FILE} lacks or garbles a key ({error!r}).") from None
+        info = self.metadata.info
+        self.layout = RowLayout(info.num_layers, info.d_model, self.metadata.dtype)
+        self._whole: set[int] = set()
+        self._columns: dict[int, dict[str, np.ndarray]] = {}
+
+    def read(self, runs: list[Run]) -> Rows:
+        total = sum(run.stop - run.start for run in runs)
+        rows = torch.empty(total, 2, self.layout.num_layers, self.layout.d_model, dtype=self.layout.torch_dtype)
+        columns = {name: np.empty(total, dtype) for name, (_, dtype, _) in self.layout.columns.items()}
+        places = np.cumsum([0] + [run.stop - run.start for run in runs])
+        for shard in sorted({run.shard for run in runs}):
+            chosen = [i for i, run in enumerate(runs) if run.shard == shard]
+            blocks = self._ranges(shard, [runs[i] for i in chosen])
+            for i, block in zip(chosen, blocks, strict=True):
+                part = slice(int(places[i]), int(places[i + 1]))
+                rows[part] = torch.frombuffer(bytearray(block), dtype=rows.dtype).view(rows[part].shape)
+                for name, column in columns.items():
+                    column[part] = self._column(shard)[name][runs[i].start : runs[i].stop]
+        tensors = {name: torch.from_numpy(column) for name, column in columns.items()}
+        return Rows(rows, tensors["sample"], tensors["position"], tensors["kind"])
+
+    def statistics(self) -> Statistics:
+        info = self.metadata.info
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / STATISTICS_FILE
+            path.write_bytes(self._get(STATISTICS_FILE))
+            return read_statistics(path, info.num_layers, info.d_model, self.metadata.total_tokens)
+
+    def verify(self) -> None:
+        """Compare the size of every shard; stores keep checksums of their own.
+
+        Raises:
+            DatasetError: naming each shard that is missing or of another size.
+        """
+        for shard in range(len(self.metadata.shards)):
+            self._require_whole(shard)
+
+    def _require_whole(self, shard: int) -> None:
+        # Also because obstore panics at ranges beyond the end of an object.
+        record = self.metadata.shards[shard]
+        expected = self.layout.file_bytes(record.tokens)
+        try:
+            size = obstore.head(self._store, record.file)["size"]
+        except (BaseError, OSError) as error:
+            raise DatasetError(f"{self.url}/{record.file} cannot be found ({_first_line(error)}).") from None
+        if size != expected:
+            raise DatasetError(
+                f"{self.url}/{record.file} has {size:,} bytes, but {record.tokens:,} tokens need {expected:,}. "
+                "It was probably cut off while being copied; copy it again."
+            )
+        self._whole.add(shard)
+
+    def _ranges(self, shard: int, runs: list[Run]) -> list[bytes]:
+        width = self.layout.row_bytes
+        starts = [DATA_START + run.start * width for run in runs]
+        ends = [DATA_START + run.stop * width for run in runs]
+        name = self.metadata.shards[shard].file
+        if shard not in self._whole:
+            self._require_whole(shard)
+        try:
+            return [bytes(block) for block in obstore.get_ranges(self._store, name, starts=starts, ends=ends)]
+        except (BaseError, OSError) as error:
+            raise DatasetError(
+                f"{self.url}/{name} cannot be read ({_first_line(error)}). Is it there, and whole?"
+            ) from None
+
+    def _column(self, shard: int) -> dict[str, np.ndarray]:
+        if shard not in self._columns:
+            record = self.metadata.shards[shard]
+            at = DATA_START + record.tokens * self.layout.row_bytes
+            end = self.layout.file_bytes(record.tokens)
+            try:
+                data = bytes(obstore.get_range(self._store, record.file, start=at, end=end))
+            except (BaseError, OSError) as error:
+                raise DatasetError(f"{self.url}/{record.file} cannot be read ({_first_line(error)}).") from None
+            found, begin = {}, 0
+            for name, (_, dtype, _) in self.layout.columns.items():
+                stop = begin + record.tokens * dtype.itemsize
+                found[name] = np.frombuffer(data[begin:stop], dtype)
+                begin = stop
+            self._columns[shard] = found
+        return self._columns[shard]
+
+    def _get(self, name: str) -> bytes:
+        try:
+            return bytes(obstore.get(self._store, name).bytes())
+        except (BaseError, OSError) as error:
+            raise DatasetError(
+                f"{self.url}/{name} cannot be read ({_first_line(error)}).\n"
+                "Is the address right, and are credentials in the environment (AWS_*, GOOGLE_*, AZURE_*)?"
+            ) from None
+
+
+def _first_line(error: Exception) -> str:
+    """Without the pages of context that obstore adds."""
+    return str(error).strip().splitlines()[0][:300]
