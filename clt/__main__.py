@@ -24,6 +24,7 @@ COMMANDS = {
     },
     "Transcoders": {
         "train": "Train a cross-layer transcoder on captured activations.",
+        "sweep": "Train several configurations on one pass over the data; draw EV over L0.",
         "evaluate": "Error, explained variance, L0 and dead features on held-out activations.",
         "convert": "Turn a TopK or BatchTopK transcoder into JumpReLU and report what changed.",
         "analyze-theta": "The thresholds of a transcoder in a few numbers per layer.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ class CLTTrainer:
         trackers: Sequence[Tracker] = (),
         resume_step: int | None = None,
         details: dict[str, Any] | None = None,
+        shows_progress: bool = True,
     ) -> None:
         """Open the data and build (or, if the folder holds an unfinished run, restore) everything.
 
@@ -58,6 +59,7 @@ class CLTTrainer:
             trackers: listeners beside `metrics.jsonl`, the progress bar and the services of the options.
             resume_step: go back to the checkpoint of this step; None: to the newest.
             details: recorded in run.json beside the options, for those who go on with the run.
+            shows_progress: draw a progress bar.
 
         Raises:
             ConfigError: the data do not fit the transcoder, the folder holds a run with other options, or an option
@@ -86,6 +88,7 @@ class CLTTrainer:
         )
         self.checkpoints = Checkpoints(self.folder, self.engine, self.dead, self.store, self.progress)
         self._extra_trackers = trackers
+        self._shows_progress = shows_progress
         if not self.folder.is_finished:
             self.checkpoints.restore(resume_step)
 
@@ -104,8 +107,15 @@ class CLTTrainer:
         Raises:
             TimeLimitReached: a checkpoint was written because `time_limit_minutes` is over.
         """
+        for _ in self.steps():
+            pass
+        return self.model
+
+    def steps(self) -> Generator[int, None, None]:
+        """The run of `train`, giving control back after each step; several runs can so share one pass over the data."""
         if self.folder.is_finished:
-            return CrossLayerTranscoder.from_pretrained(self.folder.path, self.device)
+            self.model = CrossLayerTranscoder.from_pretrained(self.folder.path, self.device)
+            return
         limit = TimeLimit(self.config.time_limit_minutes)
         trackers = self._open_trackers()
         self._clock = time.perf_counter() - self.progress.seconds
@@ -116,17 +126,17 @@ class CLTTrainer:
                     if interrupts.requested or (limit.is_over and self.step < self.config.training_steps):
                         self.checkpoints.save()
                         limit.stop(self.step, self.config.training_steps, interrupts.requested)
+                    yield self.step
             self._finish()
         finally:
             for tracker in trackers:
                 tracker.close()
-        return self.model
 
     def _open_trackers(self) -> list[Tracker]:
         folder = self.folder.path
         return [
             JSONLTracker(folder / METRICS, self.step),
-            ProgressTracker(self.config.training_steps, self.step),
+            *([ProgressTracker(self.config.training_steps, self.step)] if self._shows_progress else []),
             *service_trackers(self.config, folder, self._options, resumes=self.step > 0),
             *self._extra_trackers,
         ]

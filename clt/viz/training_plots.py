@@ -43,7 +43,7 @@ def density_per_layer(density: np.ndarray) -> Figure:
     with mpl.rc_context(_STYLE):
         figure = _figure()
         axis = figure.subplots()
-        colours = mpl.colormaps["viridis"](np.linspace(0, 0.9, len(density)))
+        colours = [mpl.colormaps["viridis"](x) for x in np.linspace(0, 0.9, len(density))]
         for layer, (row, colour) in enumerate(zip(density, colours, strict=True)):
             logs = np.log10(np.clip(row, 1e-5, 1))
             axis.hist(
@@ -65,7 +65,7 @@ def error_by_distance(nmse: Mapping[str, Sequence[float]]) -> Figure:
         figure = _figure()
         axis = figure.subplots()
         table = np.asarray(list(nmse.values()))
-        colours = mpl.colormaps["viridis"](np.linspace(0, 0.9, table.shape[1]))
+        colours = [mpl.colormaps["viridis"](x) for x in np.linspace(0, 0.9, table.shape[1])]
         for layer, colour in enumerate(colours):
             axis.plot(table[:, layer], color=colour, lw=1, alpha=0.7, label=f"layer {layer}")
         axis.plot(table.mean(1), color="black", lw=2, marker="o", label="mean")

@@ -99,7 +99,9 @@ def test_wandb_gets_the_seeds_names_and_the_same_run_again_on_resume(data, tmp_p
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_a_missing_service_is_refused_at_once(data, tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ConfigError, match=rf"(?s)enable_{name} = True.*pip install 'crosslayer\[{name}\]'"):
+    with pytest.raises(
+        ConfigError, match=rf"(?s)enable_{name} = True needs {name}.*pip install 'crosslayer\[{name}\]'"
+    ):
         trainer_of(data, tmp_path, **{f"enable_{name}": True})
     assert not list(tmp_path.iterdir())
 
