@@ -30,9 +30,20 @@ from clt.lm import HostInputs, ModelAdapter
 from clt.types import ActivationBatch, TokenKind
 
 WHERE_ONLY = (
-    *("activation_dir", "device", "cache_path", "dataset_trust_remote_code", "streaming", "compute_norm_stats"),
-    *("remote_server_url", "delete_after_upload", "upload_max_retries", "upload_initial_backoff"),
-    *("upload_max_backoff", "storage_type", "enable_profiling"),
+    "activation_dir",
+    "device",
+    "cache_path",
+    "dataset_trust_remote_code",
+    "streaming",
+    "compute_norm_stats",
+    "on_bad_sample",
+    "remote_server_url",
+    "delete_after_upload",
+    "upload_max_retries",
+    "upload_initial_backoff",
+    "upload_max_backoff",
+    "storage_type",
+    "enable_profiling",
 )
 """Options that say where or how to work, not what comes out."""
 

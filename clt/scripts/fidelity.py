@@ -130,8 +130,11 @@ def main(options: Options) -> None:
         return
     Console().print(table(report))
     shown = samples[: options.show]
-    for model, name in ((adapter, "host"), (replacement, "replacement")):
-        for sample, answer in zip(
-            shown, model.generate(shown, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size)
-        ):
-            print(f"{name:>11} | {sample.prompt} [...]{answer}".replace("\n", " "))
+    answers = [
+        model.generate(shown, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size)
+        for model in (adapter, replacement)
+    ]
+    for sample, host, replaced in zip(shown, *answers, strict=True):
+        print(f"\n     prompt | {sample.prompt}")
+        print(f"       host | {host.strip()}")
+        print(f"replacement | {replaced.strip()}")

@@ -20,7 +20,7 @@ h2 { font-size: 1.25rem; margin: 2.8rem 0 .6rem; padding-top: 1.2rem; border-top
 p { max-width: 46rem } .soft { color: var(--soft) }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.4rem, 1fr)); gap: .8rem; margin: 1.4rem 0 }
 .card { background: var(--wash); border-radius: .6rem; padding: .8rem 1rem }
-.card b { display: block; font-size: 1.55rem; line-height: 1.25; font-variant-numeric: tabular-nums }
+.card b { display: block; font-size: 1.4rem; line-height: 1.25; font-variant-numeric: tabular-nums }
 .card span { color: var(--soft); font-size: .85rem }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 1.2rem; align-items: start }
 figure { margin: 0; min-width: 0 } figure svg { width: 100%; height: auto }
