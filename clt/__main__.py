@@ -10,7 +10,7 @@ import os
 import sys
 
 from clt import __version__
-from clt.errors import CLTError
+from clt.errors import CLTError, ConfigError
 
 COMMANDS = {
     "Start here": {
@@ -35,6 +35,9 @@ COMMANDS = {
 # Only for the scripts of the seed projects in scripts/, which keep their own flags; not in the table above.
 LAUNCHERS = ("train-clt", "train-layer", "convert-batchtopk-to-jumprelu")
 
+# Other projects' options for a command of ours: `clt train --preset eleuther`. These modules parse for themselves.
+PRESETS = {("train", "eleuther"): "train_eleuther"}
+
 HELP = """usage: clt COMMAND [options]        clt COMMAND --help        clt --version
 
 Cross-layer transcoders for language and vision-language models.
@@ -54,10 +57,31 @@ def help_text() -> str:
     return HELP.format(groups="\n\n".join(groups))
 
 
+def take_preset(name: str, arguments: list[str]) -> str | None:
+    """Take `--preset NAME` out of the arguments; the module that parses the others, None without it."""
+    for place, word in enumerate(arguments):
+        flag, _, value = word.partition("=")
+        if flag != "--preset":
+            continue
+        del arguments[place]
+        if not value and place < len(arguments):
+            value = arguments.pop(place)
+        if (name, value) not in PRESETS:
+            known = ", ".join(f"`clt {command} --preset {preset}`" for command, preset in PRESETS)
+            raise ConfigError(f"--preset {value}: there is no such preset of `clt {name}`. There is: {known}.")
+        return PRESETS[name, value]
+    return None
+
+
 def run(name: str, arguments: list[str]) -> None:
     """Parse the arguments into the command's Options and call its main."""
     import tyro
 
+    preset = take_preset(name, arguments)
+    if preset is not None:
+        module = importlib.import_module(f"clt.scripts.{preset}")
+        module.main(module.parse(arguments))
+        return
     module = importlib.import_module(f"clt.scripts.{name.replace('-', '_')}")
     module.main(tyro.cli(module.Options, prog=f"clt {name}", description=module.__doc__, args=arguments))
 

@@ -13,10 +13,12 @@ ActivationFn = Literal["relu", "jumprelu", "topk", "batchtopk"]
 ScopeMode = Literal["per_layer", "global"]
 DecoderTying = Literal["none", "per_source", "per_target"]
 SkipConnection = Literal["none", "own", "all"]
-NormalizationMethod = Literal["rms", "mean_std", "none", "auto", "estimated_mean_std"]
+NormalizationMethod = Literal["rms", "mean_std", "sqrt_d_model", "none", "auto", "estimated_mean_std"]
 
 # crosslayer-coding's other names for mean_std. `auto` meant "mean_std if the data set has statistics"; ours always has.
 _OLD_NORMALIZATION = {"auto": "mean_std", "estimated_mean_std": "mean_std"}
+# Those it turns into sqrt_d_model when it reads a file of its first version.
+_OLD_SQRT = ("auto_sqrt_d_model", "estimated_mean_std_sqrt_d_model")
 # Fields that crosslayer-coding writes and nothing ever read.
 _UNUSED_THERE = ("tl_input_template", "tl_output_template", "topk_straight_through", "batchtopk_straight_through")
 
@@ -70,7 +72,7 @@ class CLTConfig(Config):
     ranking: Literal["norm", "value"] = "norm"
     """What topk and batchtopk rank by: activation times decoder norm, or the activation alone."""
     normalization_method: NormalizationMethod = "rms"
-    """Standardisation inside the transcoder: one scale per layer, mean and std per dimension, or none."""
+    """Standardisation inside the transcoder: one scale per layer, mean and std per dimension, sqrt(d), or none."""
     clt_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of the parameters; None is float32."""
     expected_input_dtype: str | None = None
@@ -128,6 +130,8 @@ class CLTConfig(Config):
                 values.update(enable_feature_offset=False, enable_feature_scale=False)
         if values.get("jumprelu_threshold") == 0:
             del values["jumprelu_threshold"]
+        if values.pop("sqrt_d_model_normalize", False) or values.get("normalization_method") in _OLD_SQRT:
+            values["normalization_method"] = "sqrt_d_model"
         share = values.pop("batchtopk_frac", None)
         if share is not None and values.get("batchtopk_k") is None:
             values["batchtopk_k"] = share * values.get("num_features", 0) * values.get("num_layers", 0) or None
@@ -219,5 +223,5 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "topk_mode": get_args(ScopeMode),
     "batchtopk_mode": get_args(ScopeMode),
     "ranking": ("norm", "value"),
-    "normalization_method": ("rms", "mean_std", "none"),
+    "normalization_method": ("rms", "mean_std", "sqrt_d_model", "none"),
 }

@@ -1,5 +1,7 @@
 """EleutherAI's clt-training options in ours.
 
+`clt train --preset eleuther` takes them as flags or as JSON.
+
     theirs                              ours
     num_latents | expansion_factor      num_features (expansion_factor * d_model)
     k, activation topk                  topk_k per layer, ranked by value
@@ -18,39 +20,63 @@ Their scale for later layers starts at 0, which together with their zero decoder
 (untied) or 0.1 (tied). What has no counterpart is refused, with the reason.
 """
 
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from clt.config.base import Config
 from clt.config.clt_config import CLTConfig, DecoderTying, SkipConnection
 from clt.errors import ConfigError
 
-_DEFAULTS: dict[str, Any] = {
-    "num_layers": None,
-    "d_model": None,
-    "model_name": None,
-    "transcode": True,
-    "cross_layer": 0,
-    "coalesce_topk": "none",
-    "topk_coalesced": False,
-    "per_source_tied": False,
-    "post_encoder_scale": False,
-    "train_post_encoder": True,
-    "skip_connection": False,
-    "activation": "topk",
-    "k": 32,
-    "expansion_factor": 32,
-    "num_latents": 0,
-    "normalize_io": False,
-    "dtype": "none",
-    "divide_cross_layer": False,
-    "secondary_target_tied": False,
-    "use_fp8": False,
-    # Without effect on what a transcoder computes: how tensors are sharded, what their trainer fills in, and a
-    # normalisation that they do for autoencoders only.
-    "tp_output": True,
-    "n_targets": 0,
-    "n_sources": 0,
-    "normalize_decoder": True,
-}
+
+@dataclass(frozen=True, kw_only=True)
+class EleutherOptions(Config):
+    """Their options of a transcoder, under their names and with their defaults (except `transcode`)."""
+
+    transcode: bool = True
+    """Predict what the MLP writes from what it reads; always on."""
+    cross_layer: int = 0
+    """How many MLPs a feature writes to, its own included; 0: per-layer transcoders."""
+    coalesce_topk: str = "none"
+    """none, per-layer: a decoder per (source, target); concat: one per target."""
+    topk_coalesced: bool = False
+    """Not supported: k features chosen anew for each target."""
+    per_source_tied: bool = False
+    """One decoder per source, shared by its targets."""
+    post_encoder_scale: bool = False
+    """A learned scale per (source, target)."""
+    train_post_encoder: bool = True
+    """A learned offset per (source, target)."""
+    skip_connection: bool = False
+    """A linear path beside the features."""
+    activation: str = "topk"
+    """topk or batchtopk."""
+    k: int = 32
+    """Features kept per token and layer."""
+    expansion_factor: int = 32
+    """Features per layer, in multiples of the host's width."""
+    num_latents: int = 0
+    """Features per layer; 0: by expansion_factor."""
+    normalize_io: bool = False
+    """Bring every layer's inputs and outputs to one scale."""
+    dtype: str = "none"
+    """Type of the parameters: none (float32), float32, float16, bfloat16."""
+    divide_cross_layer: bool = False
+    """Not supported: contributions divided by the number of sources."""
+    secondary_target_tied: bool = False
+    """Not supported: a second decoding by target."""
+    use_fp8: bool = False
+    """Not supported: products in fp8."""
+    tp_output: bool = True
+    """No effect: how tensors are sharded."""
+    n_targets: int = 0
+    """No effect: their trainer fills it in from cross_layer."""
+    n_sources: int = 0
+    """No effect, likewise."""
+    normalize_decoder: bool = True
+    """No effect: theirs is for autoencoders only."""
+
+
+_DEFAULTS: dict[str, Any] = {"num_layers": None, "d_model": None, "model_name": None, **asdict(EleutherOptions())}
 _REFUSED: tuple[tuple[str, Any, str], ...] = (
     (
         "transcode",

@@ -34,10 +34,13 @@ def fit_scaling(
     """Shift and scale so that (x - shift) * scale is standardised.
 
     `rms` brings E||x||² to d_model with one scale per layer (Ameisen et al. 2025); `mean_std` gives every dimension
-    mean 0 and variance 1 (crosslayer-coding); `none` leaves the values alone.
+    mean 0 and variance 1 (crosslayer-coding); `sqrt_d_model` multiplies by sqrt(d_model) whatever the values are, for
+    crosslayer-coding's files; `none` leaves the values alone.
     """
     if method == "none":
         return torch.zeros_like(mean), torch.ones_like(mean)
+    if method == "sqrt_d_model":
+        return torch.zeros_like(mean), torch.full_like(mean, mean.shape[1] ** 0.5)
     if method == "mean_std":
         return mean, 1 / (std + _EPSILON)
     mean_square = (mean.square() + std.square()).mean(1, keepdim=True)

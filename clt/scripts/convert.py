@@ -1,5 +1,7 @@
 """Turn a TopK or BatchTopK transcoder into JumpReLU, and measure what that changes on tokens it has not used.
 
+Reads our transcoders and crosslayer-coding's; --method import only writes the latter as ours.
+
 clt convert --clt runs/batchtopk --output runs/jumprelu
 clt convert --clt runs/topk --output runs/jumprelu --method estimate --data activations/gpt2/pile_train --calibrate
 """
@@ -40,8 +42,10 @@ class Options:
     """Folder for the converted transcoder and `conversion.json`."""
     data: str | None = None
     """Activations; needed for everything but `running` without a report."""
-    method: Literal["auto", "running", "estimate"] = "auto"
+    method: Literal["auto", "running", "estimate", "import"] = "auto"
     """running: batchtopk's own threshold, exactly; estimate: smallest kept activations, averaged; auto: what fits."""
+    norm_stats: str | None = None
+    """norm_stats.json of the data that crosslayer-coding's weights were trained on; None: beside weights or data."""
     calibrate: Annotated[bool, tyro.conf.arg(aliases=("--l0-layerwise-calibrate",))] = False
     """Scale each layer's thresholds until its L0 on calibration tokens is the original's."""
     calibration: Annotated[Calibration, tyro.conf.arg(name="calibration")] = Calibration()
@@ -131,10 +135,16 @@ def convert(options: Options) -> tuple[CrossLayerTranscoder, Drift | None]:
         TrainingError: the drift is above the tolerance and not forced.
     """
     device = choose_device(options.device)
-    model = load_model(Path(options.clt), None if options.config is None else Path(options.config), device)
+    config = None if options.config is None else Path(options.config)
+    model = load_model(Path(options.clt), config, device, _norm_stats(options))
+    if options.method == "import":
+        return model, None
     family = model.config.activation_fn
     if family not in ("topk", "batchtopk"):
-        raise ConfigError(f"{options.clt} has activation_fn = {family!r}; only topk and batchtopk are converted.")
+        raise ConfigError(
+            f"{options.clt} has activation_fn = {family!r}; only topk and batchtopk are converted. "
+            "To write another project's weights as ours, give --method import."
+        )
     parts = None if options.data is None else Parts(options, model)
     method = options.method if options.method != "auto" else ("running" if family == "batchtopk" else "estimate")
     if parts is None:
@@ -156,6 +166,14 @@ def convert(options: Options) -> tuple[CrossLayerTranscoder, Drift | None]:
     return converted, drift
 
 
+def _norm_stats(options: Options) -> Path | None:
+    """Statistics that crosslayer-coding's weights may need: those given, or the data set's own."""
+    if options.norm_stats is not None:
+        return Path(options.norm_stats)
+    beside = None if options.data is None else split_folders(options.data)[0] / "norm_stats.json"
+    return beside if beside is not None and beside.exists() else None
+
+
 def describe(drift: Drift) -> str:
     """Before and after, in two lines."""
     before, after = drift.before, drift.after
@@ -165,10 +183,11 @@ def describe(drift: Drift) -> str:
     )
 
 
-def report_json(drift: Drift | None) -> str:
+def report_json(drift: Drift | None, method: str) -> str:
     """The content of `conversion.json`."""
     if drift is None:
-        return json.dumps({"method": "running, without activations: the same function"}, indent=2) + "\n"
+        how = "import" if method == "import" else "running, without activations"
+        return json.dumps({"method": f"{how}: the same function"}, indent=2) + "\n"
     values = {"l0_drift": drift.l0, "nmse_drift": drift.nmse, "scales": drift.scales}
     sides = {"before": drift.before.to_dict(), "after": drift.after.to_dict()}
     return json.dumps({**values, **sides}, indent=2) + "\n"
@@ -179,7 +198,7 @@ def main(options: Options) -> None:
     converted, drift = convert(options)
     folder = Path(options.output)
     converted.save_pretrained(folder)
-    write_text_atomically(folder / "conversion.json", report_json(drift))
-    print(f"JumpReLU transcoder in {folder} (cfg.json, clt.safetensors, conversion.json).")
+    write_text_atomically(folder / "conversion.json", report_json(drift, options.method))
+    print(f"Transcoder ({converted.config.activation_fn}) in {folder} (cfg.json, clt.safetensors, conversion.json).")
     if drift is not None:
         print(describe(drift))

@@ -72,7 +72,7 @@ class Options:
     l0_target_model_checkpoint_path: str | None = None
     """Not supported: the original is always the target."""
     norm_stats_path: str | None = None
-    """No effect: a transcoder holds its own standardisation."""
+    """norm_stats.json of the training data, for the seed's own weights; None: the one in the activation folder."""
     force: bool = False
     """Write the result even if it drifts."""
 
@@ -80,7 +80,6 @@ class Options:
 _DEAD = {
     "l0_check_batch_size_tokens": "all batches have --estimation-batch-size-tokens",
     "l0_calibration_batch_size_tokens": "all batches have --estimation-batch-size-tokens",
-    "norm_stats_path": "a transcoder holds its own standardisation",
 }
 
 
@@ -125,6 +124,7 @@ def main(options: Options) -> None:
             output=str(Path(options.output_model_path).parent),
             data=options.activation_data_path,
             method="estimate",
+            norm_stats=options.norm_stats_path,
             calibrate=options.l0_layerwise_calibrate,
             calibration=Calibration(
                 tolerance=options.l0_calibration_tolerance,

@@ -5,6 +5,8 @@ again, or with --resume alone. Example:
 
     clt train --data activations/gpt2/pile_train --output-dir runs/gpt2 --num-features 3072
     clt train --resume runs/gpt2
+
+With --preset eleuther, the transcoder is described by EleutherAI's option names: clt train --preset eleuther --help.
 """
 
 from __future__ import annotations

@@ -89,7 +89,8 @@ def estimate_thresholds(
             fired = smallest.isfinite()
             total[layer] += smallest.where(fired, 0.0)
             count[layer] += fired
-    model.running_threshold.copy_(running)  # the choice in training form moves it
+    # The choice in training form moves it; a transcoder of another project has none yet, and keeps this one.
+    model.running_threshold.copy_(torch.where(running > 0, running, model.running_threshold))
     theta = torch.where(count > 0, total / count.clamp_min(1) * scale, default)
     return theta.clamp_min(_SMALLEST)
 

@@ -11,22 +11,30 @@ from clt.config import CLTConfig
 from clt.errors import CheckpointError
 from clt.models import CrossLayerTranscoder
 from clt.models.checkpoint import WEIGHTS, read_tensors
+from clt.models.formats import is_crosslayer_coding, read_crosslayer_coding
 
 
-def load_model(weights: Path, config: Path | None = None, device: torch.device | str = "cpu") -> CrossLayerTranscoder:
-    """Build from a folder (ours or crosslayer-coding's `final/`) or from one file of weights.
+def load_model(
+    weights: Path, config: Path | None = None, device: torch.device | str = "cpu", norm_stats: Path | None = None
+) -> CrossLayerTranscoder:
+    """Build from a folder (ours or crosslayer-coding's `final/`) or from one file of weights, of either project.
 
     Args:
         weights: a folder, a `.safetensors` file, or a `.pt` state dict.
         config: its JSON; None: `cfg.json` beside the weights.
         device: where to build it.
+        norm_stats: for crosslayer-coding's weights, the statistics of their data; None: beside the weights, if there.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the two do not fit.
     """
     file = _file_of(weights)
-    model = CrossLayerTranscoder(CLTConfig.from_json(config or file.parent / "cfg.json"), device=device)
+    options = CLTConfig.from_json(config or file.parent / "cfg.json")
     tensors = read_tensors(file, device) if file.suffix == ".safetensors" else _read_pickle(file, device)
+    if is_crosslayer_coding(tensors):
+        beside = file.parent / "norm_stats.json"
+        return read_crosslayer_coding(tensors, options, norm_stats or (beside if beside.exists() else None), device)
+    model = CrossLayerTranscoder(options, device=device)
     try:
         model.load_state_dict({name.removeprefix("_orig_mod."): value for name, value in tensors.items()})
     except RuntimeError as error:

@@ -11,16 +11,23 @@ from clt.config import TrainingConfig
 from clt.errors import ConfigError
 from clt.training.schedules import default_learning_rate
 
+# What weight decay reaches.
+_MATRICES = frozenset({"W_enc", "W_dec", "U_dec", "V_dec", "W_skip"})
+
 
 def build_optimizer(model: nn.Module, config: TrainingConfig, n_features: int) -> torch.optim.Optimizer:
-    """Fused Adam or AdamW, or AdamW with 8-bit moments; weight decay reaches matrices only, never biases or thresholds.
+    """Fused Adam or AdamW, or AdamW with 8-bit moments; weight decay reaches matrices only.
+
+    Biases (`b_dec` holds one per target), thresholds, offsets and scales are named, not told by their shape, and never
+    decay.
 
     Raises:
         ConfigError: adamw8bit without torchao.
     """
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    named = list(model.named_parameters())
+    matrices = [parameter for name, parameter in named if name.split(".")[0] in _MATRICES]
+    others = [parameter for name, parameter in named if name.split(".")[0] not in _MATRICES]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     options: dict[str, Any] = {
         "lr": config.learning_rate or default_learning_rate(n_features),
         "betas": (config.optimizer_beta1, config.optimizer_beta2),

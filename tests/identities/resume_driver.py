@@ -1,6 +1,7 @@
 """Trains in child processes that kill themselves (SIGKILL) at given moments, until one finishes.
 
-Run as `python resume_driver.py DATA RUN FAMILY MOMENT...`; a moment is `step:7` or `write:2` (in the middle of the
+Run as `python resume_driver.py DATA RUN FAMILY MOMENT...`; DATA is a folder, or `stream` for activations that are made
+while training; a moment is `step:7` or `write:2` (in the middle of the
 second checkpoint that this child writes). The last child has no moment. Only children compute, so forking is safe.
 """
 
@@ -11,9 +12,10 @@ import sys
 import torch
 
 from clt.config import CLTConfig, TrainingConfig
+from clt.data.streaming import StreamingActivationStore
 from clt.training import checkpointing
 from clt.training.trainer import CLTTrainer
-from tests.tiny_data import store_of
+from tests.tiny_data import sparse_batch, store_of
 
 FAMILIES = {
     "jumprelu": {"activation_fn": "jumprelu"},
@@ -49,6 +51,17 @@ def kill_in_write(number):
     checkpointing.save_tensors = save_half
 
 
+def source(epoch):
+    """Some batches of different sizes, as a host would make them; other ones each epoch."""
+    for number in range(4):
+        yield sparse_batch(tokens=90 + 10 * number, seed=10 * epoch + number)
+
+
+def stream():
+    """A stream that begins its source again several times within a run."""
+    return StreamingActivationStore(source, batch_size_tokens=64, buffer_tokens=200, statistics_tokens=300)
+
+
 def trainer_of(data, run, family, moment="step:-1"):
     kind, number = moment.split(":")
     if kind == "write":
@@ -57,7 +70,7 @@ def trainer_of(data, run, family, moment="step:-1"):
         training_steps=20,
         train_batch_size_tokens=64,
         micro_batch_tokens=32,
-        activation_path=data,
+        activation_path=None if data == "stream" else data,
         log_interval=1,
         eval_interval=5,
         checkpoint_interval=3,
@@ -67,7 +80,11 @@ def trainer_of(data, run, family, moment="step:-1"):
     )
     config = CLTConfig(num_features=24, num_layers=3, d_model=8, **FAMILIES[family])
     trackers = [KillAt(int(number))] if kind == "step" else []
-    return CLTTrainer(config, training, run, "cpu", held_out=store_of(data).one_pass, trackers=trackers)
+    if data == "stream":
+        parts = {"store": stream(), "held_out": lambda: source(99)}
+    else:
+        parts = {"held_out": store_of(data).one_pass}
+    return CLTTrainer(config, training, run, "cpu", trackers=trackers, **parts)
 
 
 def in_child(data, run, family, moment):

@@ -33,8 +33,10 @@ def drive(data, run, family, *moments):
     assert answer.returncode == 0, answer.stderr[-2000:]
 
 
+@pytest.mark.parametrize("store", ["folder", "stream"])
 @pytest.mark.parametrize("family", ["jumprelu", "batchtopk"])
-def test_a_run_killed_at_five_random_steps_and_in_two_writes_equals_an_uninterrupted_one(data, tmp_path, family):
+def test_a_run_killed_at_five_random_steps_and_in_two_writes_equals_an_uninterrupted_one(data, tmp_path, family, store):
+    data = data if store == "folder" else "stream"
     drive(data, tmp_path / "whole", family)
     steps = sorted(random.Random(family).sample(range(2, 20), 5))
     moments = [f"step:{step}" for step in steps[:3]] + ["write:1", "write:2"] + [f"step:{step}" for step in steps[3:]]

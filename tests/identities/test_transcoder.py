@@ -74,7 +74,7 @@ def test_contributions_and_biases_add_up_to_decode(kind, window, seed):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", ["rms", "mean_std"])
+@pytest.mark.parametrize("method", ["rms", "mean_std", "sqrt_d_model"])
 def test_folding_the_standardisation_changes_no_output(kind, method):
     model = transcoder_of(kind, normalization_method=method)
     x = inputs_for(model, tokens=50)

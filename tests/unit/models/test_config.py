@@ -4,10 +4,11 @@ import json
 
 import jaxtyping
 import pytest
+import torch
 
 from clt.config import CLTConfig, eleuther_config
 from clt.errors import ConfigError
-from clt.models import CrossLayerTranscoder
+from clt.models import ActivationStatistics, CrossLayerTranscoder
 
 SIZE = {"num_features": 8, "num_layers": 3, "d_model": 4}
 
@@ -98,6 +99,24 @@ def test_a_converted_model_and_a_share_of_batchtopk_are_read():
     assert converted.jumprelu_threshold > 0
     share = CLTConfig.from_dict({**SIZE, "activation_fn": "batchtopk", "batchtopk_frac": 0.25, "batchtopk_k": None})
     assert share.batchtopk_k == 6
+
+
+@pytest.mark.parametrize(
+    "old",
+    [
+        {"normalization_method": "sqrt_d_model"},
+        {"normalization_method": "auto_sqrt_d_model"},
+        {"normalization_method": "estimated_mean_std_sqrt_d_model"},
+        {"normalization_method": "auto", "sqrt_d_model_normalize": True},
+    ],
+)
+def test_the_spellings_of_multiplying_by_sqrt_d_model_mean_one_thing(old):
+    config = CLTConfig.from_dict({**CROSSLAYER_CODING, **old})
+    assert config.normalization_method == "sqrt_d_model"
+    model = CrossLayerTranscoder(config)
+    model.fit_standardisation(ActivationStatistics(*torch.rand(4, 3, 4)))
+    x = torch.rand(5, 4)
+    torch.testing.assert_close(model.standardise_inputs(1, x), x * 2)
 
 
 def test_the_constructor_takes_the_old_flags_and_forgets_them():

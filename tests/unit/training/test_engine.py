@@ -10,6 +10,7 @@ from clt.config import CLTConfig, TrainingConfig
 from clt.errors import ConfigError, TrainingError
 from clt.models import CrossLayerTranscoder
 from clt.training.interrupts import TimeLimitReached
+from clt.training.optim import build_optimizer
 from clt.training.trainer import CLTTrainer
 from clt.types import ActivationBatch
 from tests.tiny_data import store_of, write_data
@@ -41,6 +42,25 @@ def trainer_of(data, folder, family="topk", trackers=(), **options):
     )
     config = CLTConfig(num_features=24, num_layers=3, d_model=8, **FAMILIES[family])
     return CLTTrainer(config, training, folder, "cpu", held_out=store_of(data).one_pass, trackers=trackers)
+
+
+MATRICES = {"W_enc", "W_dec", "W_skip", "U_dec", "V_dec"}
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"enable_feature_offset": True, "enable_feature_scale": True, "post_encoder": "pair", "skip_connection": True},
+        {"decoder_rank": 2},
+    ],
+)
+def test_weight_decay_reaches_matrices_and_nothing_else(shape):
+    config = CLTConfig(num_features=24, num_layers=3, d_model=8, activation_fn="jumprelu", **shape)
+    model = CrossLayerTranscoder(config)
+    optimizer = build_optimizer(model, TrainingConfig(optimizer="adamw", weight_decay=0.1), 24)
+    decay = {parameter: group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert decay[parameter] == (0.1 if name.split(".")[0] in MATRICES else 0.0), name
 
 
 @pytest.mark.parametrize("reduction", ["mean_tokens", "sum_tokens"])
