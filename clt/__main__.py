@@ -33,7 +33,10 @@ COMMANDS = {
 }
 
 # Only for the scripts of the seed projects in scripts/, which keep their own flags; not in the table above.
-LAUNCHERS = ("train-clt", "train-layer", "convert-batchtopk-to-jumprelu")
+LAUNCHERS = (
+    *("train-clt", "train-layer", "convert-batchtopk-to-jumprelu"),
+    "capture-activations",
+)
 
 # Other projects' options for a command of ours: `clt train --preset eleuther`. These modules parse for themselves.
 PRESETS = {("train", "eleuther"): "train_eleuther"}

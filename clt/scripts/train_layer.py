@@ -19,8 +19,8 @@ import torch
 import yaml
 
 from clt.config.base import write_text_atomically
+from clt.data.layer_files import LayerFiles
 from clt.errors import ConfigError
-from clt.training.layer_files import LayerFiles
 from clt.training.layer_transcoder import LayerResult, LayerTrainer, LayerTraining
 from clt.types import choose_device
 

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from clt.data.layer_files import LayerFiles, present_targets
 from clt.errors import CheckpointError
-from clt.training.layer_files import LayerFiles, present_targets
 
 _SPARSITY = 0.01
 _ALIVE = 0.01

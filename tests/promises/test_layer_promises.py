@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
+from clt.data.layer_files import LayerFiles
 from clt.errors import CheckpointError, DatasetError
-from clt.training.layer_files import LayerFiles
 from clt.training.layer_transcoder import LayerTranscoder, load_layer_transcoder
 from tests.promises.commands import SCRIPTS, run_script, smaller, words
 
