@@ -27,6 +27,7 @@ from clt.data.streaming import StreamingActivationStore
 from clt.data.writer import ActivationWriter
 from clt.errors import DatasetError
 from clt.lm import HostInputs, ModelAdapter
+from clt.lm.nnsight_backend import NNsightAdapter, require_nnsight, through_nnsight
 from clt.types import ActivationBatch, TokenKind
 
 WHERE_ONLY = (
@@ -44,6 +45,9 @@ WHERE_ONLY = (
     "upload_max_backoff",
     "storage_type",
     "enable_profiling",
+    "backend",
+    "nnsight_tracer_kwargs_json",
+    "nnsight_invoker_args_json",
 )
 """Options that say where or how to work, not what comes out."""
 
@@ -60,6 +64,8 @@ class ActivationGenerator:
     """
 
     def __init__(self, config: ActivationConfig, adapter: ModelAdapter | None = None) -> None:
+        if config.backend == "nnsight":
+            require_nnsight()
         self.config = config
         self.folder = (
             Path(config.activation_dir)
@@ -114,9 +120,13 @@ class ActivationGenerator:
         Args:
             options: see `StreamingActivationStore`.
         """
-        adapter = self._adapter or self._load_host()
+        adapter = self.host()
         options = {"seed": self.config.seed, **options}
         return StreamingActivationStore(lambda _: self._live(adapter), **options)
+
+    def batches(self) -> Iterator[ActivationBatch]:
+        """The training part of the data set once, batch by batch as the host gives it."""
+        return self._live(self.host())
 
     @torch.no_grad()
     def _live(self, adapter: ModelAdapter) -> Iterator[ActivationBatch]:
@@ -127,7 +137,7 @@ class ActivationGenerator:
                     yield self._capture(adapter, inputs, rows, n_tokens)
 
     def _make(self, publishers: Mapping[Split, Publisher | None]) -> None:
-        adapter = self._adapter or self._load_host()
+        adapter = self.host()
         with ExitStack() as stack:
             writers: dict[Split, ActivationWriter] = {
                 split: stack.enter_context(self._writer(split, folder, adapter, publishers[split]))
@@ -155,6 +165,15 @@ class ActivationGenerator:
         publisher = Publisher(self.splits[split], client, delete_after_upload=config.delete_after_upload)
         uploads.callback(publisher.close)
         return publisher
+
+    def host(self) -> ModelAdapter:
+        """The host, loaded on first use."""
+        config = self.config
+        if self._adapter is None:
+            self._adapter = self._load_host()
+        if config.backend == "nnsight" and not isinstance(self._adapter, NNsightAdapter):
+            self._adapter = through_nnsight(self._adapter, config.nnsight_tracer_kwargs, config.nnsight_invoker_args)
+        return self._adapter
 
     def _load_host(self) -> ModelAdapter:
         config = self.config

@@ -1,5 +1,6 @@
 """How activations are captured from a host model and written to disk."""
 
+import json
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -81,6 +82,12 @@ class ActivationConfig(Config):
     """Accepted for old command lines; `benchmarks/activations.py` measures."""
     seed: int = 42
     """Seed of the shuffle at writing and of the held-out choice."""
+    backend: Literal["hooks", "nnsight"] = "hooks"
+    """What reads the host: plain hooks, or the package nnsight (`pip install 'crosslayer[nnsight]'`); same values."""
+    nnsight_tracer_kwargs_json: str = "{}"
+    """Arguments of nnsight's `trace`, as a JSON object, such as '{"remote": true}'; only with --backend nnsight."""
+    nnsight_invoker_args_json: str = "{}"
+    """Arguments of nnsight's `invoke`, as a JSON object; only with --backend nnsight."""
     device: str | None = None
     """Torch device of the host; None: a GPU if there is one."""
 
@@ -100,6 +107,7 @@ class ActivationConfig(Config):
                 f"{owner}.remote_server_url is not set, but delete_after_upload = {self.delete_after_upload} and "
                 f"storage_type = {self.storage_type!r} ask for an upload. Give --remote-server-url."
             )
+        _ = self.nnsight_tracer_kwargs, self.nnsight_invoker_args
         if not 0 <= self.held_out_fraction < 1:
             raise ConfigError(f"{owner}.held_out_fraction = {self.held_out_fraction} must be in [0, 1).")
         templates = (self.mlp_input_module_path_template, self.mlp_output_module_path_template)
@@ -112,10 +120,33 @@ class ActivationConfig(Config):
             if template is not None and "{}" not in template:
                 raise ConfigError(f"{owner}: the template {template!r} needs {{}} where the layer number goes.")
 
+    @property
+    def nnsight_tracer_kwargs(self) -> dict[str, Any]:
+        """Arguments of nnsight's `trace`."""
+        return _json_object("--nnsight-tracer-kwargs-json", self.nnsight_tracer_kwargs_json)
+
+    @property
+    def nnsight_invoker_args(self) -> dict[str, Any]:
+        """Arguments of nnsight's `invoke`."""
+        return _json_object("--nnsight-invoker-args-json", self.nnsight_invoker_args_json)
+
     @classmethod
     def migrate(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Accept the two template names of the command line."""
+        """Accept the two template names of the command line, and nnsight's arguments as dictionaries."""
+        for name in ("nnsight_tracer_kwargs", "nnsight_invoker_args"):
+            if name in values:
+                values[f"{name}_json"] = json.dumps(values.pop(name) or {})
         for short in ("mlp_input", "mlp_output"):
             if f"{short}_template" in values:
                 values[f"{short}_module_path_template"] = values.pop(f"{short}_template")
         return values
+
+
+def _json_object(flag: str, text: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{flag} {text!r} is not JSON ({error.msg}). Quote it: '{{\"remote\": true}}'.") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{flag} {text!r} is no JSON object; it needs names, such as '{{\"remote\": true}}'.")
+    return values

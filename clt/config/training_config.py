@@ -200,6 +200,8 @@ class TrainingConfig(Config):
             name = fields.get(name, "remote_prefetch_batches" if name == "prefetch_batches" else name)
             require_one_of("TrainingConfig", "remote_config key", name, _REMOTE)
             object.__setattr__(self, name, value)
+        if self.server_url is not None and self.activation_path is None:
+            object.__setattr__(self, "activation_source", "remote")  # an address says it all
         if self.activation_source == "remote" and None in (self.server_url, self.dataset_id):
             raise ConfigError(
                 "TrainingConfig.activation_source = 'remote' needs server_url and dataset_id (for example "

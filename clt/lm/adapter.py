@@ -224,8 +224,7 @@ class ModelAdapter:
         keep = inputs.is_token
         if sample_ids is None:
             sample_ids = torch.arange(inputs.n_rows)
-        with self.capturing(keep) as captured:
-            self.model.base_model(**self._arguments(inputs))
+        captured = self._captured(inputs, keep)
         return ActivationBatch(
             inputs=captured.inputs,
             targets=captured.targets,
@@ -233,6 +232,11 @@ class ModelAdapter:
             sample=sample_ids.to(keep.device)[:, None].expand_as(keep)[keep],
             position=inputs.position[keep],
         )
+
+    def _captured(self, inputs: HostInputs, keep: Bool[Tensor, "row position"]) -> Captured:
+        with self.capturing(keep) as captured:
+            self.model.base_model(**self._arguments(inputs))
+        return captured
 
     # --- replacing --------------------------------------------------------------------------------------------
 

@@ -4,15 +4,31 @@ clt generate --model gpt2 --dataset monology/pile-uncopyrighted --target-total-t
 clt generate --model world:shapes --dataset world:shapes
 """
 
+import sys
+
 from clt.activation_generation import ActivationGenerator
 from clt.config import ActivationConfig
 from clt.data.metadata import metadata_from_json, read_json
 
 Options = ActivationConfig
 
+# Flags of crosslayer-coding that do nothing here: what to say when one is given another value than the seed's default.
+_DEAD = {
+    "dataset_trust_remote_code": (True, "--trust-remote-code", "code of data sets is never run"),
+    "compute_norm_stats": (False, "--no-compute-norm-stats", "statistics are always written; they cost nothing here"),
+    "storage_type": ("remote", "--storage-type", "--remote-server-url alone decides about uploading"),
+    "enable_profiling": (True, "--enable-profiling", "benchmarks/activations.py measures"),
+}
+
 
 def main(options: ActivationConfig) -> None:
     """Write the data set, or say that it is already there."""
+    for name, (value, flag, why) in _DEAD.items():
+        if getattr(options, name) == value:
+            sys.stderr.write(f"note: {flag} has no effect: {why}.\n")
+    for side in ("tracer-kwargs", "invoker-args"):
+        if options.backend == "hooks" and getattr(options, f"nnsight_{side.replace('-', '_')}"):
+            sys.stderr.write(f"note: --nnsight-{side}-json has no effect: give --backend nnsight to use nnsight.\n")
     generator = ActivationGenerator(options)
     was_finished = generator.is_finished
     folder = generator.run()

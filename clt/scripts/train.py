@@ -44,6 +44,8 @@ class Options:
     """Go back to the checkpoint of this step; later checkpoints are deleted. None: the newest."""
     held_out: str | None = None
     """Folder of held-out activations; by default `held_out` beside a training folder called `train`."""
+    server_token: str | None = None
+    """Token of the activation server; better kept out of sight in CLT_SERVER_TOKEN. Never written to the run."""
     device: str | None = None
     """Torch device; default: a GPU if there is one."""
     clt: Annotated[CLTConfig, tyro.conf.arg(name="")] = CLTConfig(
@@ -118,7 +120,7 @@ def open_trainer(options: Options) -> CLTTrainer:
             raise ConfigError("Which activations? Give --data FOLDER, a folder that `clt generate` wrote.")
         train, held_out = split_folders(training.activation_path, options.held_out)
         training = training.replace(activation_path=str(train))
-    store = open_store(training)
+    store = open_store(training, options.server_token)
     config = options.clt.replace(
         num_layers=store.n_layers,
         d_model=store.d_model,

@@ -20,8 +20,12 @@ _BIAS_TOKENS = 8192
 _FIRING_TOKENS, _FIRING_BOUNDS = 10_000, (1e-4, 0.05)
 
 
-def open_store(config: TrainingConfig) -> BaseActivationStore:
+def open_store(config: TrainingConfig, server_token: str | None = None) -> BaseActivationStore:
     """The activations that a configuration names.
+
+    Args:
+        config: says where they are.
+        server_token: of the server; None: from the environment. Not part of the configuration, which is saved.
 
     Raises:
         ConfigError: it names none.
@@ -37,6 +41,7 @@ def open_store(config: TrainingConfig) -> BaseActivationStore:
         return RemoteActivationStore(
             config.server_url or "",
             config.dataset_id or "",
+            token=server_token,
             timeout_seconds=config.remote_timeout,
             max_retries=config.remote_max_retries,
             prefetch_batches=config.remote_prefetch_batches,
