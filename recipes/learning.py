@@ -40,7 +40,10 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "jumprelu": ({"activation_fn": "jumprelu"}, _PENALTY),
     "topk per layer": ({"activation_fn": "topk", "topk_k": 4}, {}),
     "topk global": ({"activation_fn": "topk", "topk_k": 16, "topk_mode": "global"}, {}),
-    "batchtopk": ({"activation_fn": "batchtopk", "batchtopk_k": 16}, {}),
+    "batchtopk": (
+        {"activation_fn": "batchtopk", "batchtopk_k": 16},
+        {"aux_loss_factor": 1.0, "dead_feature_window": 3_000},
+    ),
 }
 
 
@@ -95,6 +98,7 @@ def learn(family: str, options: Options) -> dict[str, Any]:
     """Train one family and measure it."""
     world = FeaturesWorld(n_features=256, density=4 / 64, seed=options.seed)
     shape, training = FAMILIES[family]
+    training = {"dead_feature_window": 20_000, **training}
     changes = dict(each.split("=", 1) for each in options.change)
     changes = {name: ast.literal_eval(value) for name, value in changes.items()}
     shape = shape | {name: value for name, value in changes.items() if name in CLTConfig.__dataclass_fields__}
@@ -113,7 +117,6 @@ def learn(family: str, options: Options) -> dict[str, Any]:
         lr_warmup_steps=options.steps // 20,
         seed=options.seed,
         checkpoint_interval=options.steps,
-        dead_feature_window=20_000,
         activation_dtype="float32",
         **training,
     )

@@ -3,7 +3,7 @@
 Reads our transcoders and crosslayer-coding's; --method import only writes the latter as ours.
 
 clt convert --clt runs/batchtopk --output runs/jumprelu
-clt convert --clt runs/topk --output runs/jumprelu --method estimate --data activations/gpt2/pile_train --calibrate
+clt convert --clt runs/topk --output runs/jumprelu --data activations/gpt2/pile_train
 """
 
 from __future__ import annotations
@@ -23,7 +23,15 @@ from clt.data.stores import LocalActivationStore
 from clt.errors import ConfigError, DatasetError
 from clt.models import CrossLayerTranscoder
 from clt.scripts.train import split_folders
-from clt.training.convert import Calibration, Drift, as_jumprelu, calibrate, estimate_thresholds, running_thresholds
+from clt.training.convert import (
+    Calibration,
+    Drift,
+    as_jumprelu,
+    calibrate,
+    common_cut,
+    estimate_thresholds,
+    running_thresholds,
+)
 from clt.training.evaluator import evaluate
 from clt.training.loading import load_model
 from clt.training.setup import require_same_shape
@@ -42,8 +50,9 @@ class Options:
     """Folder for the converted transcoder and `conversion.json`."""
     data: str | None = None
     """Activations; needed for everything but `running` without a report."""
-    method: Literal["auto", "running", "estimate", "import"] = "auto"
-    """running: batchtopk's own threshold, exactly; estimate: smallest kept activations, averaged; auto: what fits."""
+    method: Literal["auto", "running", "cut", "estimate", "import"] = "auto"
+    """running: batchtopk's own threshold, exactly; cut: one per layer on the ranking, for topk; estimate: crosslayer-
+    coding's, smallest kept activations, averaged; auto: running for batchtopk, else cut."""
     norm_stats: str | None = None
     """norm_stats.json of the data that crosslayer-coding's weights were trained on; None: beside weights or data."""
     calibrate: Annotated[bool, tyro.conf.arg(aliases=("--l0-layerwise-calibrate",))] = False
@@ -146,13 +155,15 @@ def convert(options: Options) -> tuple[CrossLayerTranscoder, Drift | None]:
             "To write another project's weights as ours, give --method import."
         )
     parts = None if options.data is None else Parts(options, model)
-    method = options.method if options.method != "auto" else ("running" if family == "batchtopk" else "estimate")
+    method = options.method if options.method != "auto" else ("running" if family == "batchtopk" else "cut")
     if parts is None:
-        if method == "estimate" or options.calibrate:
+        if method != "running" or options.calibrate:
             raise ConfigError("Thresholds of this kind are found on activations. Give --data FOLDER.")
         return as_jumprelu(model, running_thresholds(model)), None
     if method == "running":
         theta = running_thresholds(model)
+    elif method == "cut":
+        theta = common_cut(model, parts.calibration())
     else:
         theta = estimate_thresholds(model, parts.estimation(), options.default_theta_value, options.scale_factor)
     scales: list[float] = []

@@ -1,6 +1,7 @@
 """From TopK or BatchTopK to JumpReLU: one fixed threshold per feature instead of a choice among features.
 
-Three ways to the thresholds. *running*: BatchTopK's own inference threshold, which is the same function, exactly.
+Ways to the thresholds. *running*: BatchTopK's own inference threshold, which is the same function, exactly. *cut*: one
+cut per layer on what the family ranks by, at which as many features fire as its own choice keeps.
 *estimate* (crosslayer-coding v1): the smallest kept activation of each batch, averaged over batches. Either may then be
 *calibrated*: one scale per layer, so that L0 per layer on some tokens is the original's.
 """
@@ -93,6 +94,26 @@ def estimate_thresholds(
     model.running_threshold.copy_(torch.where(running > 0, running, model.running_threshold))
     theta = torch.where(count > 0, total / count.clamp_min(1) * scale, default)
     return theta.clamp_min(_SMALLEST)
+
+
+@torch.no_grad()
+def common_cut(model: CrossLayerTranscoder, batches: Sequence[ActivationBatch]) -> Float[Tensor, "layer feature"]:
+    """The thresholds that one cut per layer on the scores implies, with L0 on these tokens as it was.
+
+    TopK ranks a token's features by their scores, so a feature that just makes it on one token and one that just makes
+    it on another have about the same score, however different their activations: the cut keeps what the ranking keeps.
+    """
+    rows = []
+    for layer in range(model.config.num_layers):
+        scores, kept = [], 0
+        for batch in batches:
+            x = model.standardise_inputs(layer, batch.inputs[layer].to(model.b_dec.device))
+            scores.append(model.scores(layer, model.preactivation(layer, x)).flatten())
+            kept += int((_active(model, batch, layer) > 0).sum())
+        cut = torch.cat(scores).topk(max(kept, 1)).values[-1].float()
+        norm = model.decoder_norm(layer).float().clamp_min(1e-12)
+        rows.append(cut / norm if model.config.ranking == "norm" else cut.expand_as(norm))
+    return torch.stack(rows).clamp_min(_SMALLEST)
 
 
 def running_thresholds(model: CrossLayerTranscoder) -> Float[Tensor, "layer feature"]:

@@ -65,6 +65,14 @@ def test_estimated_and_calibrated_thresholds_keep_l0_on_other_tokens(data, train
     assert drift.before.n_tokens == drift.after.n_tokens
 
 
+@pytest.mark.parametrize("family", ["topk", "global topk"])
+def test_one_cut_per_layer_keeps_l0_on_other_tokens(data, trained, tmp_path, family):
+    converted, drift = convert.convert(options_of(trained[family], tmp_path, data=str(data), force=True))
+    assert drift.l0 < 0.5
+    cut = torch.stack([converted.threshold(layer) * converted.decoder_norm(layer) for layer in range(3)])
+    torch.testing.assert_close(cut, cut[:, :1].expand_as(cut), rtol=1e-4, atol=1e-5)
+
+
 def test_the_estimate_is_the_mean_of_the_smallest_kept_activations(data, trained):
     model = load_model(trained["batchtopk"])
     before = model.running_threshold.clone()
