@@ -35,7 +35,7 @@ COMMANDS = {
 # Only for the scripts of the seed projects in scripts/, which keep their own flags; not in the table above.
 LAUNCHERS = (
     *("train-clt", "train-layer", "convert-batchtopk-to-jumprelu"),
-    "capture-activations",
+    *("capture-activations", "upload-activations-to-hf"),
 )
 
 # Other projects' options for a command of ours: `clt train --preset eleuther`. These modules parse for themselves.

@@ -1,14 +1,21 @@
-"""Sending a data set to a server while it is made; nothing is deleted here before the server's checksum agrees."""
+"""Sending a data set to a server while it is made, and a finished folder to the Hugging Face Hub.
+
+Nothing is deleted here before the server's checksum agrees.
+"""
 
 import json
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
 from clt.data.client import ServerClient
 from clt.data.hdf5 import tokens_file
 from clt.data.metadata import INDEX_FILE, METADATA_FILE, STATISTICS_FILE, ShardRecord
-from clt.errors import ConfigError
+from clt.errors import ConfigError, DatasetError
 
 
 class Publisher:
@@ -77,3 +84,48 @@ class Publisher:
             self._client.upload(path)
         elif path.suffix in (".h5", ".hdf5"):
             self._client.upload_the_seeds_way(int(path.stem.split("_")[1]), path)
+
+
+def publish_to_hub(folder: Path, repo_id: str, *, token: str | None = None, private: bool = False) -> str:
+    """Put a folder into a data set repository of the Hub, made if need be, and return its address.
+
+    Run again after an interruption, it sends only what the Hub does not have yet.
+
+    Args:
+        token: None: the environment's HF_TOKEN, or the saved login.
+
+    Raises:
+        ConfigError: the folder is missing or empty, or `repo_id` is no name of a repository.
+        DatasetError: the Hub refused, or cannot be reached.
+    """
+    if not folder.is_dir() or not any(path.is_file() for path in folder.rglob("*")):
+        raise ConfigError(f"{folder} is no folder with files, so there is nothing to upload.")
+    api = HfApi(token=token)
+    try:
+        address = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
+        is_private = bool(api.repo_info(repo_id, repo_type="dataset").private)
+        if is_private != private:
+            kinds = {True: "private", False: "public"}
+            raise ConfigError(
+                f"{repo_id} exists and is {kinds[is_private]}, not {kinds[private]}. Change that in its settings on "
+                f"the Hub, or pass --{kinds[is_private]}."
+            )
+        api.upload_folder(
+            repo_id=repo_id,
+            repo_type="dataset",
+            folder_path=folder,
+            ignore_patterns=["**/.*.tmp", ".*.tmp"],
+            commit_message="Upload activations",
+        )
+    except HFValidationError as error:
+        raise ConfigError(f"{repo_id!r} is no repository name such as USER/NAME: {error}") from None
+    except HfHubHTTPError as error:
+        raise DatasetError(
+            f"The Hub refused {repo_id}: {error}\nA 401 or 403 means a missing or wrong token: it needs write access; "
+            "set HF_TOKEN or run `hf auth login`. The same command goes on where it stopped."
+        ) from None
+    except httpx.HTTPError as error:
+        raise DatasetError(
+            f"The Hub cannot be reached ({error!r}). The same command goes on where it stopped."
+        ) from None
+    return str(address)
