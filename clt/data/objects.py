@@ -1,8 +1,10 @@
-"""Rows in an object store or behind a plain web server: `s3://`, `gs://`, `az://`, `http(s)://`, read by ranges."""
+"""Rows in an object store or behind a web server, read by ranges: `s3://`, `gs://`, `az://`, `hf://`, `http(s)://`."""
 
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import obstore
@@ -10,6 +12,7 @@ import torch
 from obstore.exceptions import BaseError
 from obstore.store import from_url
 
+from clt.data.hub import HUB_ERRORS, HUB_SCHEME, HubFolder
 from clt.data.metadata import METADATA_FILE, ROWS_FORMAT, STATISTICS_FILE, metadata_from_json
 from clt.data.rows import DATA_START, RowLayout
 from clt.data.sampler import Run
@@ -23,6 +26,42 @@ def is_url(path: str | Path) -> bool:
     return "://" in str(path)
 
 
+class _Place(Protocol):
+    """Files that can be read by ranges."""
+
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+        ...
+
+    def get(self, name: str) -> bytes:
+        """A whole file."""
+        ...
+
+    def ranges(self, name: str, starts: Sequence[int], ends: Sequence[int]) -> list[bytes]:
+        """Some ranges of a file."""
+        ...
+
+
+class _ObjectStore:
+    """What obstore opens: clouds, web servers, folders."""
+
+    def __init__(self, url: str) -> None:
+        options = {"allow_http": url.startswith("http://")} if url.startswith("http") else None
+        self._store = from_url(url, client_options=options)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+    def size(self, name: str) -> int:
+        return obstore.head(self._store, name)["size"]
+
+    def get(self, name: str) -> bytes:
+        return bytes(obstore.get(self._store, name).bytes())
+
+    def ranges(self, name: str, starts: Sequence[int], ends: Sequence[int]) -> list[bytes]:
+        return [bytes(block) for block in obstore.get_ranges(self._store, name, starts=starts, ends=ends)]
+
+
+_ERRORS = (BaseError, *HUB_ERRORS)
+
+
 class ObjectSource(ShardSource):
     """A finished data set of rows under a URL; credentials come from the environment, as the stores' own tools do it.
 
@@ -34,8 +73,7 @@ class ObjectSource(ShardSource):
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        options = {"allow_http": self.url.startswith("http://")} if self.url.startswith("http") else None
-        self._store = from_url(self.url, client_options=options)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        self._place: _Place = HubFolder(self.url) if self.url.startswith(HUB_SCHEME) else _ObjectStore(self.url)
         try:
             values = json.loads(self._get(METADATA_FILE))
             if values.get("format") != ROWS_FORMAT or values["dtype"] == "int8":
@@ -88,8 +126,8 @@ class ObjectSource(ShardSource):
         record = self.metadata.shards[shard]
         expected = self.layout.file_bytes(record.tokens)
         try:
-            size = obstore.head(self._store, record.file)["size"]
-        except (BaseError, OSError) as error:
+            size = self._place.size(record.file)
+        except _ERRORS as error:
             raise DatasetError(f"{self.url}/{record.file} cannot be found ({_first_line(error)}).") from None
         if size != expected:
             raise DatasetError(
@@ -106,8 +144,8 @@ class ObjectSource(ShardSource):
         if shard not in self._whole:
             self._require_whole(shard)
         try:
-            return [bytes(block) for block in obstore.get_ranges(self._store, name, starts=starts, ends=ends)]
-        except (BaseError, OSError) as error:
+            return self._place.ranges(name, starts, ends)
+        except _ERRORS as error:
             raise DatasetError(
                 f"{self.url}/{name} cannot be read ({_first_line(error)}). Is it there, and whole?"
             ) from None
@@ -118,8 +156,8 @@ class ObjectSource(ShardSource):
             at = DATA_START + record.tokens * self.layout.row_bytes
             end = self.layout.file_bytes(record.tokens)
             try:
-                data = bytes(obstore.get_range(self._store, record.file, start=at, end=end))
-            except (BaseError, OSError) as error:
+                (data,) = self._place.ranges(record.file, [at], [end])
+            except _ERRORS as error:
                 raise DatasetError(f"{self.url}/{record.file} cannot be read ({_first_line(error)}).") from None
             found, begin = {}, 0
             for name, (_, dtype, _) in self.layout.columns.items():
@@ -131,14 +169,15 @@ class ObjectSource(ShardSource):
 
     def _get(self, name: str) -> bytes:
         try:
-            return bytes(obstore.get(self._store, name).bytes())
-        except (BaseError, OSError) as error:
+            return self._place.get(name)
+        except _ERRORS as error:
             raise DatasetError(
                 f"{self.url}/{name} cannot be read ({_first_line(error)}).\n"
-                "Is the address right, and are credentials in the environment (AWS_*, GOOGLE_*, AZURE_*)?"
+                "Is the address right, and are credentials in the environment (AWS_*, GOOGLE_*, AZURE_*, HF_TOKEN)?"
             ) from None
 
 
 def _first_line(error: Exception) -> str:
     """Without the pages of context that obstore adds."""
-    return str(error).strip().splitlines()[0][:300]
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

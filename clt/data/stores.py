@@ -248,7 +248,8 @@ class LocalActivationStore(ManifestActivationStore):
     Batches are read through a memory map into memory that is used again once nobody holds the batch.
 
     Args:
-        path: the folder, or a URL of an object store or web server (`s3://`, `gs://`, `az://`, `https://`, `file://`).
+        path: the folder, or a URL of an object store or web server (`s3://`, `gs://`, `az://`, `https://`, `file://`,
+            `hf://datasets/OWNER/NAME[@revision]/folder`).
         options: see `ManifestActivationStore`.
 
     Raises:
