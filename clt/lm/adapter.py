@@ -18,6 +18,8 @@ from clt.lm import hooks
 from clt.lm.generation import generate_greedily
 from clt.lm.hooks import Captured, Predict
 from clt.lm.inputs import HostInputs, PaddingSide, TokenIds, assemble, check_length, from_tokens
+from clt.lm.linear import Decoder, LinearHost
+from clt.lm.linear_constants import Constants
 from clt.lm.loading import load_host, sees_images
 from clt.lm.prompts import answer_tokens, extended, image_prompts, text_prompts
 from clt.lm.structure import find_templates, hookpoints_of, normalised_template, sites_of, text_config
@@ -251,6 +253,22 @@ class ModelAdapter:
         """
         pairs = self._pairs if layers is None else [self._pairs[layer] for layer in layers]
         return hooks.replacing(pairs, predict, self._returns_tuple)
+
+    def linearised(self, inputs: HostInputs, keep: Sequence[int] = (-1,)) -> LinearHost:
+        """The host on one prompt as an affine map of its embeddings and MLP outputs.
+
+        Args:
+            inputs: one row, without padding.
+            keep: positions whose logits are wanted.
+
+        Raises:
+            HostModelError: several rows, padding, or a host that cannot be held linear (named by its class).
+        """
+        if inputs.n_rows != 1 or not bool(inputs.is_token.all()):
+            raise HostModelError(f"A host is linearised on one prompt without padding, not on {inputs.n_rows} rows.")
+        decoder = Decoder(self.model, self.hookpoints, self._pairs)
+        places = [place % inputs.input_ids.shape[1] for place in keep]
+        return decoder.record(self._arguments(inputs), places, Constants())
 
     # --- running ----------------------------------------------------------------------------------------------
 
