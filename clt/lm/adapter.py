@@ -17,12 +17,13 @@ from clt.errors import HostModelError
 from clt.lm import hooks
 from clt.lm.generation import generate_greedily
 from clt.lm.hooks import Captured, Predict
+from clt.lm.hook_names import resolved_template
 from clt.lm.inputs import HostInputs, PaddingSide, TokenIds, assemble, check_length, from_tokens
 from clt.lm.linear import Decoder, LinearHost
 from clt.lm.linear_constants import Constants
 from clt.lm.loading import load_host, sees_images
 from clt.lm.prompts import answer_tokens, extended, image_prompts, text_prompts
-from clt.lm.structure import find_templates, hookpoints_of, normalised_template, sites_of, text_config
+from clt.lm.structure import find_templates, hookpoints_of, sites_of, text_config
 from clt.types import ActivationBatch, Hookpoint, Sample
 
 
@@ -65,8 +66,8 @@ class ModelAdapter:
         if input_template is None or output_template is None:
             found_input, found_output = find_templates(model)
             input_template, output_template = input_template or found_input, output_template or found_output
-        self.input_template = normalised_template(input_template, "input")
-        self.output_template = normalised_template(output_template, "output")
+        self.input_template = resolved_template(model, input_template, "input")
+        self.output_template = resolved_template(model, output_template, "output")
         self.hookpoints: tuple[Hookpoint, ...] = hookpoints_of(model, self.input_template, self.output_template)
         self._pairs = sites_of(model, self.hookpoints)
         self._returns_tuple: dict[str, bool] = {}

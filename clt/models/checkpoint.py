@@ -71,7 +71,11 @@ def save_transcoder(transcoder: CrossLayerTranscoder, folder: Path) -> None:
 def load_transcoder(
     cls: type[CrossLayerTranscoder], folder: Path, device: torch.device | str | None
 ) -> CrossLayerTranscoder:
-    """Read what `save_transcoder` wrote, checking every name and shape."""
+    """Read what `save_transcoder` wrote, checking every name and shape; or a folder of circuit-tracer's."""
+    from clt.models.formats.circuit_tracer import is_circuit_tracer_folder, read_circuit_tracer_folder
+
+    if is_circuit_tracer_folder(folder) and not (folder / CONFIG).is_file():
+        return read_circuit_tracer_folder(folder, device)
     try:
         config = CLTConfig.from_json(folder / CONFIG)
     except ConfigError as error:

@@ -1,0 +1,26 @@
+"""Attribution graphs: which features made the model say it, exactly, in bounded memory.
+
+    graph = attribute(ReplacementModel.from_pretrained("gpt2", "runs/gpt2"), "The capital of France is")
+    pruned = graph.prune(node_threshold=0.8, edge_threshold=0.98)
+    graph.save("graphs/france")                # graph.json + graph.safetensors, docs/attribution.md
+    AttributionGraph.load("graphs/france")
+"""
+
+from clt.attribution.attribute import attribute, run_attribution
+from clt.attribution.graph import AttributionGraph
+from clt.attribution.options import AttributionOptions
+from clt.attribution.prune import PrunedGraph
+from clt.attribution.scores import GraphScores, subgraph_scores
+from clt.attribution.targets import Contrast, Direction
+
+__all__ = [
+    "AttributionGraph",
+    "AttributionOptions",
+    "Contrast",
+    "Direction",
+    "GraphScores",
+    "PrunedGraph",
+    "attribute",
+    "run_attribution",
+    "subgraph_scores",
+]
