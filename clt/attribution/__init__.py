@@ -1,9 +1,9 @@
 """Attribution graphs: which features made the model say it, exactly, in bounded memory.
 
-    graph = attribute(ReplacementModel.from_pretrained("gpt2", "runs/gpt2"), "The capital of France is")
-    pruned = graph.prune(node_threshold=0.8, edge_threshold=0.98)
-    graph.save("graphs/france")                # graph.json + graph.safetensors, docs/attribution.md
-    AttributionGraph.load("graphs/france")
+graph = attribute(ReplacementModel.from_pretrained("gpt2", "runs/gpt2"), "The capital of France is")
+pruned = graph.prune(node_threshold=0.8, edge_threshold=0.98)
+graph.save("graphs/france")                # graph.json + graph.safetensors, docs/attribution.md
+AttributionGraph.load("graphs/france")
 """
 
 from clt.attribution.attribute import attribute, run_attribution

@@ -39,6 +39,7 @@ from clt.lm.linear import LinearHost
 from clt.lm.linear_constants import not_linear
 from clt.models import CrossLayerTranscoder
 from clt.replacement import ReplacementModel
+from clt.types import Sample
 
 # A pass holds a few tensors of [row, position, d_model] at a time; this keeps them near 1 GB.
 _BATCH_NUMBERS = 20_000_000
@@ -120,7 +121,13 @@ def attribute(
             "versions": {"crosslayer": __version__, "torch": torch.__version__},
         }
         graph = assemble(
-            store, setting.sources, setting.targets.nodes, positions, _text(model, prompt, inputs), chosen, info,
+            store,
+            setting.sources,
+            setting.targets.nodes,
+            positions,
+            _text(model, prompt, inputs),
+            chosen,
+            info,
             images_of(prompt),
         )
     _check_closed(graph, model)
@@ -283,14 +290,14 @@ def _digest(setting: Setting) -> str:
 
 def _slug(prompt: Prompt, ids: list[int]) -> str:
     """The prompt's first words and a few digits of its fingerprint."""
-    text = prompt if isinstance(prompt, str) else getattr(prompt, "prompt", "tokens")
-    words = "".join(c if c.isascii() and c.isalnum() else " " for c in str(text).lower()).split()
+    text = prompt.prompt if isinstance(prompt, Sample) else prompt if isinstance(prompt, str) else "tokens"
+    words = "".join(c if c.isascii() and c.isalnum() else " " for c in text.lower()).split()
     return "-".join([*words[:6], hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:6]])
 
 
 def _text(model: ReplacementModel, prompt: Prompt, inputs: Any) -> str:
     """The prompt as the host reads it; image tokens as the user wrote them."""
-    if not isinstance(prompt, str | Sequence):
+    if isinstance(prompt, Sample):
         return prompt.prompt
     return "".join(token_text(model.adapter, token) for token in inputs.input_ids[0].tolist())
 

@@ -38,9 +38,7 @@ class Reads:
 class Backward:
     """The linearised host on `batch_size` copies of the prompt, ready to be walked back as often as needed."""
 
-    def __init__(
-        self, linear: LinearHost, transcoder: CrossLayerTranscoder, sources: Sources, batch_size: int
-    ) -> None:
+    def __init__(self, linear: LinearHost, transcoder: CrossLayerTranscoder, sources: Sources, batch_size: int) -> None:
         """Run the host once, with gradient."""
         self._sources, self._linear, self._transcoder = sources, linear, transcoder
         self._shape = (batch_size, *linear.embeddings.shape)

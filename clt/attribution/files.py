@@ -81,8 +81,8 @@ def load_graph(folder: Path) -> AttributionGraph:
     rows = graph.n_features + len(graph.targets)
     if edges.n_rows != rows or len(tensors["influence"]) != graph.n_nodes:
         raise GraphError(
-            f"{folder}: {TENSORS} has {edges.n_rows} rows and {len(tensors['influence'])} nodes, {JSON} describes {rows} "
-            f"and {graph.n_nodes}. The two files are of different graphs; write the graph again."
+            f"{folder}: {TENSORS} has {edges.n_rows} rows and {len(tensors['influence'])} nodes, {JSON} describes "
+            f"{rows} and {graph.n_nodes}. The two files are of different graphs; write the graph again."
         )
     # Computed before saving: no reader computes them again.
     graph.__dict__.update(influence=tensors["influence"], cumulative=tensors["cumulative"])

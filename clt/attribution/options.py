@@ -41,8 +41,8 @@ class AttributionOptions(Config):
         require_one_of("attribution", "unselected", self.unselected, ("error", "drop"))
         if not 0 < self.desired_logit_prob <= 1:
             raise ConfigError(
-                f"attribution.desired_logit_prob = {self.desired_logit_prob} is a probability: choose it above 0 and at "
-                "most 1."
+                f"attribution.desired_logit_prob = {self.desired_logit_prob} is a probability: choose it above 0 and "
+                "at most 1."
             )
         if self.ignored_positions < 0:
             raise ConfigError(f"attribution.ignored_positions = {self.ignored_positions} must be 0 or more.")

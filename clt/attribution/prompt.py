@@ -15,8 +15,8 @@ from clt.lm import HostInputs, ModelAdapter
 from clt.lm.prompts import open_image
 from clt.types import Sample, TokenKind
 
-Prompt = str | Sample | Sequence[int]
-"""Text, text with images, or token ids."""
+Prompt = str | Sample | Sequence[int] | HostInputs
+"""Text, text with images, token ids, or one row of inputs that is ready."""
 
 
 def prepare_prompt(adapter: ModelAdapter, prompt: Prompt) -> HostInputs:
@@ -25,6 +25,8 @@ def prepare_prompt(adapter: ModelAdapter, prompt: Prompt) -> HostInputs:
     Plain text gets a first token as circuit-tracer gives it: where the text does not begin with a special token,
     BOS (or else the padding, end or any special token) is put in front, since position 0 is where attention rests.
     """
+    if isinstance(prompt, HostInputs):
+        return prompt
     if isinstance(prompt, Sample):
         return adapter.prepare([prompt])
     ids = list(prompt) if not isinstance(prompt, str) else _with_first_token(adapter, prompt)

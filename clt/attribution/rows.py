@@ -65,8 +65,8 @@ class RowStore:
         path, text = self.folder / "made_of.json", json.dumps(made_of, sort_keys=True)
         if path.exists() and path.read_text(encoding="utf-8") != text:
             raise GraphError(
-                f"{self.folder} holds rows of another graph (prompt, model, transcoder or options differ). Delete it or "
-                "name another --work-dir."
+                f"{self.folder} holds rows of another graph (prompt, model, transcoder or options differ). Delete it, "
+                "or name another --work-dir."
             )
         write_text_atomically(path, text)
 
@@ -128,7 +128,9 @@ class RowStore:
         """Rows that were ranked but not computed before an interruption."""
         path = self.folder / "queue.json"
         known = set(self.row_ids)
-        return [row for row in json.loads(path.read_text(encoding="utf-8")) if row not in known] if path.exists() else []
+        return (
+            [row for row in json.loads(path.read_text(encoding="utf-8")) if row not in known] if path.exists() else []
+        )
 
 
 def influence_so_far(store: RowStore, weights: Mapping[int, float], n_columns: int) -> Float64[np.ndarray, " column"]:

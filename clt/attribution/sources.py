@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float, Int64
@@ -17,6 +18,8 @@ from torch import Tensor
 from clt.lm.linear import LinearHost
 from clt.models import CrossLayerTranscoder
 
+# Vectors of pairs are kept up to this size; beyond it they are made again for each use.
+_KEPT_BYTES = 1.5e9
 # Vectors of pairs that are made again for each use are made this many numbers at a time (128 MB in fp32).
 _BLOCK_NUMBERS = 32_000_000
 
@@ -36,12 +39,9 @@ class ActiveFeatures:
 
 def active_features(linear: LinearHost, transcoder: CrossLayerTranscoder, ignored_positions: int) -> ActiveFeatures:
     """Encode what the host's MLPs read, layer by layer, and keep what is not 0."""
-    config = transcoder.config
-    together = config.activation_fn == "topk" and config.topk_mode == "global"
-    dense = transcoder.encode(linear.reads) if together else None
     found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     for layer, reads in enumerate(linear.reads):
-        activations = transcoder.encode_layer(layer, reads) if dense is None else dense[layer]
+        activations = transcoder.encode_layer(layer, reads)
         activations[:ignored_positions] = 0
         position, feature = activations.nonzero(as_tuple=True)
         found.append((torch.full_like(position, layer), position, feature, activations[position, feature].float()))
@@ -57,13 +57,8 @@ class Sources:
         transcoder: CrossLayerTranscoder,
         active: ActiveFeatures,
         ignored_positions: int,
-        memory: float = 1.5e9,
     ) -> None:
-        """Sort the pairs and compute the errors.
-
-        Args:
-            memory: bytes of pair vectors to keep; beyond that they are made again for each use.
-        """
+        """Sort the pairs, keep their vectors if there are few enough, and compute the errors."""
         self.active, self._linear, self._transcoder = active, linear, transcoder
         self.ignored_positions = ignored_positions
         self.n_layers, self.n_positions, self.d_model = linear.reads.shape
@@ -71,7 +66,7 @@ class Sources:
         self._pairs = [self._pairs_of(target) for target in range(self.n_layers)]
         n_pairs = sum(len(pairs) for pairs, _ in self._pairs)
         self._kept: dict[int, Tensor] = {}
-        if n_pairs * self.d_model * 4 <= memory:
+        if n_pairs * self.d_model * 4 <= _KEPT_BYTES:
             self._kept = {k: self._vectors(k, 0, len(pairs)) for k, (pairs, _) in enumerate(self._pairs)}
         self.skips = skip_outputs(transcoder, linear.reads)
         self.errors = torch.stack([self._error(target) for target in range(self.n_layers)])
@@ -116,14 +111,13 @@ class Sources:
                 torch.mm(vectors[begin - low : end - low], at[position].T, out=product[begin - low : end - low])
             rows.index_add_(0, pairs[low:high], product)
         first = self.first_error + target * self.n_positions
-        rows[first : first + self.n_positions] = (at * self.errors[target][:, None]).sum(2)
+        rows[first : first + self.n_positions] = torch.einsum("prd,pd->pr", at, self.errors[target])
 
     def contract_embeddings(
         self, gradient: Float[Tensor, "row position d_model"], rows: Float[Tensor, "column row"]
     ) -> None:
         """Add what every embedding gives."""
-        at = gradient.transpose(0, 1).float()
-        rows[self.first_embedding :] = (at * self.embeddings[:, None]).sum(2)
+        rows[self.first_embedding :] = torch.einsum("rpd,pd->pr", gradient.float(), self.embeddings)
 
     # --- pairs ------------------------------------------------------------------------------------------------
 
@@ -140,7 +134,7 @@ class Sources:
         _, starts = self._pairs[target]
         limit = max(1, _BLOCK_NUMBERS // self.d_model)
         low = 0
-        for before, end in zip(starts, starts[1:]):
+        for before, end in pairwise(starts):
             if end - low > limit and before > low:
                 yield low, before
                 low = before
@@ -200,6 +194,6 @@ def skip_outputs(
 
 def _inside(starts: list[int], low: int, high: int) -> Iterator[tuple[int, int, int]]:
     """Positions with pairs between `low` and `high`, and where their pairs begin and end."""
-    for position, (begin, end) in enumerate(zip(starts, starts[1:])):
+    for position, (begin, end) in enumerate(pairwise(starts)):
         if low <= begin < end <= high:
             yield position, begin, end

@@ -70,7 +70,7 @@ def choose_targets(
         ids = [choice] if isinstance(choice, int) else tokens_of(choice)
         if len(ids) != 1 or not 0 <= ids[0] < len(unembedding):
             raise GraphError(
-                f"The target {choice!r} is {len(ids)} tokens ({ids}); a target is one token of the {len(unembedding):,}. "
+                f"The target {choice!r} is {len(ids)} tokens ({ids}); a target is one of {len(unembedding):,} tokens. "
                 "Mind the space in front (' Paris'), or give a token id."
             )
         return ids[0]

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from clt.errors import HostModelError
 from clt.lm import hooks
 from clt.lm.generation import generate_greedily
-from clt.lm.hooks import Captured, Predict
 from clt.lm.hook_names import resolved_template
+from clt.lm.hooks import Captured, Predict
 from clt.lm.inputs import HostInputs, PaddingSide, TokenIds, assemble, check_length, from_tokens
 from clt.lm.linear import Decoder, LinearHost
 from clt.lm.linear_constants import Constants

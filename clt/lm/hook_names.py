@@ -14,7 +14,13 @@ from clt.lm.structure import find_templates, normalised_template
 
 PREFIX = "blocks.{}."
 # What blocks call the norm between the residual stream and the MLP, those with two norms around the MLP first.
-_NORMS_BEFORE = ("pre_feedforward_layernorm", "pre_mlp_layernorm", "post_attention_layernorm", "ln_2", "final_layer_norm")
+_NORMS_BEFORE = (
+    "pre_feedforward_layernorm",
+    "pre_mlp_layernorm",
+    "post_attention_layernorm",
+    "ln_2",
+    "final_layer_norm",
+)
 _NORMS_AFTER = ("post_feedforward_layernorm", "post_mlp_layernorm")
 NAMES = ("hook_resid_mid", "hook_mlp_out", "mlp.hook_in", "mlp.hook_out")
 

@@ -192,13 +192,13 @@ class Decoder:
         def forward(*args: Any, **kwargs: Any) -> Any:
             x = self._shaped(_first_argument(args, kwargs))
             if not constants.is_recording:
-                y = write(layer, x, x).view_as(_first_argument(args, kwargs))
+                y = write(layer, x, x).reshape(_first_argument(args, kwargs).shape)
                 return (y, *self._beside[layer]) if layer in self._beside else y
             with constants.paused():
                 output = original(*args, **kwargs)
             if isinstance(output, tuple):
                 self._beside[layer] = output[1:]
-            return _with_first(output, lambda y: write(layer, x, self._shaped(y)).view_as(y))
+            return _with_first(output, lambda y: write(layer, x, self._shaped(y)).reshape(y.shape))
 
         def restore() -> None:
             if before is None:
@@ -208,7 +208,6 @@ class Decoder:
 
         module.forward = forward
         return [restore]
-
 
     def _cut_between(
         self, pair: SitePair, write: Callable[[int, Tensor, Tensor], Tensor], constants: Constants
@@ -226,7 +225,7 @@ class Decoder:
                     f"{pair.output.path} ran before {pair.input.path}. Exchange the two templates, or name an input "
                     "that comes before the output."
                 )
-            return write(pair.layer, seen.pop(), self._shaped(y)).view_as(y)
+            return write(pair.layer, seen.pop(), self._shaped(y)).reshape(y.shape)
 
         sites: tuple[tuple[Site, Callable[[Tensor], Tensor]], ...] = ((pair.input, enter), (pair.output, leave))
         return [site.overwrite(change).remove for site, change in sites]

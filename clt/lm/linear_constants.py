@@ -99,7 +99,8 @@ class Constants:
 
 
 def apply_pattern(
-    pattern: Float[Tensor, "one head to_position from_position"], value: Float[Tensor, "row kv_head from_position width"]
+    pattern: Float[Tensor, "one head to_position from_position"],
+    value: Float[Tensor, "row kv_head from_position width"],
 ) -> Float[Tensor, "row head to_position width"]:
     """Move values along one pattern that all rows share, without a copy of it per row or per head of a group."""
     rows, kv_heads, positions, width = value.shape
@@ -153,14 +154,14 @@ class _Denominators(TorchFunctionMode):
         dims = tuple(range(-len(shape), 0))
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         centred = wide - wide.mean(dims, keepdim=True)
-        scale = self._constants.hold(lambda: (centred.square().mean(dims, keepdim=True) + eps).rsqrt(), len(x))
+        scale = self._constants.hold((centred.square().mean(dims, keepdim=True) + eps).rsqrt, len(x))
         return _affine((centred * scale).to(x.dtype), weight, bias)
 
     def _rms_norm(self, x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
         dims = tuple(range(-len(shape), 0))
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         floor = torch.finfo(x.dtype).eps if eps is None else eps
-        scale = self._constants.hold(lambda: (wide.square().mean(dims, keepdim=True) + floor).rsqrt(), len(x))
+        scale = self._constants.hold((wide.square().mean(dims, keepdim=True) + floor).rsqrt, len(x))
         return _affine((wide * scale).to(x.dtype), weight, None)
 
 
@@ -176,7 +177,7 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
 @contextmanager
 def _attention(constants: Constants, decoder: nn.Module) -> Iterator[None]:
     """Let every attention module of the decoder call `holding_pattern`, then what it called before."""
-    configs = {id(each.config): each.config for each in decoder.modules() if isinstance(_config(each), PreTrainedConfig)}
+    configs: dict[int, Any] = {id(config): config for config in map(_config, decoder.modules()) if config is not None}
     before = [(config, config._attn_implementation) for config in configs.values()]
 
     def mask(*args: Any, **kwargs: Any) -> Tensor | None:
@@ -186,17 +187,18 @@ def _attention(constants: Constants, decoder: nn.Module) -> Iterator[None]:
     ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, mask)
     try:
         for config, _ in before:
-            config._attn_implementation_internal = _NAME  # pyright: ignore[reportAttributeAccessIssue]
+            config._attn_implementation_internal = _NAME
         yield
     finally:
         for config, name in before:
-            config._attn_implementation_internal = name  # pyright: ignore[reportAttributeAccessIssue]
+            config._attn_implementation_internal = name
         ALL_ATTENTION_FUNCTIONS._global_mapping.pop(_NAME, None)
         ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.pop(_NAME, None)
 
 
-def _config(module: nn.Module) -> Any:
-    return module.__dict__.get("config")
+def _config(module: nn.Module) -> PreTrainedConfig | None:
+    config = module.__dict__.get("config")
+    return config if isinstance(config, PreTrainedConfig) else None
 
 
 def not_linear(name: str, reason: str) -> HostModelError:

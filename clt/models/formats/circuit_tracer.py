@@ -47,7 +47,9 @@ def read_circuit_tracer_folder(folder: Path, device: torch.device | str | None =
         )
     n_layers = len(list(folder.glob(_KINDS[kind])))
     if not n_layers:
-        raise CheckpointError(f"{folder} has no {_KINDS[kind]}, though its {CONFIG} says {kind}. Copy the whole folder.")
+        raise CheckpointError(
+            f"{folder} has no {_KINDS[kind]}, though its {CONFIG} says {kind}. Copy the whole folder."
+        )
     layer = _cross_layer if kind == "cross_layer_transcoder" else _per_layer
     parts = [layer(folder, i, device) for i in range(n_layers)]
     _check_shapes(folder, parts, is_cross_layer=kind == "cross_layer_transcoder")
