@@ -72,8 +72,9 @@ class Decoder:
         self._beside: dict[int, tuple[Any, ...]] = {}
         self._positions = 0
 
-    def record(self, arguments: Mapping[str, Any], keep: Sequence[int], constants: Constants) -> LinearHost:
+    def record(self, arguments: Mapping[str, Any], keep: Sequence[int]) -> LinearHost:
         """Run the whole host once and note everything."""
+        constants = Constants()
         self._positions = arguments["input_ids"].shape[1]
         seen: dict[str, Tensor] = {}
         reads: list[Tensor] = []

@@ -74,7 +74,7 @@ def load_transcoder(
     """Read what `save_transcoder` wrote, checking every name and shape; or a folder of circuit-tracer's."""
     from clt.models.formats.circuit_tracer import is_circuit_tracer_folder, read_circuit_tracer_folder
 
-    if is_circuit_tracer_folder(folder) and not (folder / CONFIG).is_file():
+    if is_circuit_tracer_folder(folder):
         return read_circuit_tracer_folder(folder, device)
     try:
         config = CLTConfig.from_json(folder / CONFIG)

@@ -12,12 +12,13 @@ from clt.errors import CheckpointError
 from clt.models import CrossLayerTranscoder
 from clt.models.checkpoint import WEIGHTS, read_tensors
 from clt.models.formats import is_crosslayer_coding, read_crosslayer_coding
+from clt.models.formats.circuit_tracer import is_circuit_tracer_folder, read_circuit_tracer_folder
 
 
 def load_model(
     weights: Path, config: Path | None = None, device: torch.device | str = "cpu", norm_stats: Path | None = None
 ) -> CrossLayerTranscoder:
-    """Build from a folder (ours or crosslayer-coding's `final/`) or from one file of weights, of either project.
+    """Build from a folder (ours, crosslayer-coding's `final/`, circuit-tracer's) or from one file of weights.
 
     Args:
         weights: a folder, a `.safetensors` file, or a `.pt` state dict.
@@ -28,6 +29,8 @@ def load_model(
     Raises:
         CheckpointError: a file is missing or damaged, or the two do not fit.
     """
+    if is_circuit_tracer_folder(weights):
+        return read_circuit_tracer_folder(weights, device)
     file = _file_of(weights)
     options = CLTConfig.from_json(config or file.parent / "cfg.json")
     tensors = read_tensors(file, device) if file.suffix == ".safetensors" else _read_pickle(file, device)

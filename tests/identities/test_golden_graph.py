@@ -7,8 +7,6 @@ import torch
 from safetensors.torch import load_file
 
 from clt.attribution import attribute
-from clt.lm import ModelAdapter
-from clt.models import CrossLayerTranscoder
 from clt.replacement import ReplacementModel
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "data" / "golden_graph"
@@ -22,12 +20,7 @@ VARIANTS = {
 
 @pytest.fixture(scope="module")
 def model():
-    transcoder = CrossLayerTranscoder.from_pretrained(GOLDEN / "clt")
-    templates = {
-        "input_template": transcoder.config.mlp_input_template,
-        "output_template": transcoder.config.mlp_output_template,
-    }
-    return ReplacementModel(ModelAdapter.from_pretrained(GOLDEN / "model", device="cpu", **templates), transcoder)
+    return ReplacementModel.from_pretrained(GOLDEN / "model", GOLDEN / "clt", device="cpu")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -30,7 +30,7 @@ _KINDS = {"cross_layer_transcoder": "W_enc_*.safetensors", "transcoder_set": "la
 
 def is_circuit_tracer_folder(folder: Path) -> bool:
     """Whether a folder holds a transcoder as circuit-tracer reads them."""
-    return (folder / CONFIG).is_file()
+    return (folder / CONFIG).is_file() and not (folder / "cfg.json").is_file()
 
 
 def read_circuit_tracer_folder(folder: Path, device: torch.device | str | None = None) -> CrossLayerTranscoder:
