@@ -35,6 +35,7 @@ from clt.attribution.rows import RowStore, influence_so_far
 from clt.attribution.sources import ActiveFeatures, Sources, active_features
 from clt.attribution.targets import TargetChoice, Targets, choose_targets
 from clt.errors import ConfigError, GraphError
+from clt.lm import HostInputs
 from clt.lm.linear import LinearHost
 from clt.lm.linear_constants import not_linear
 from clt.models import CrossLayerTranscoder
@@ -96,40 +97,17 @@ def attribute(
         ConfigError: an option is out of range, or the transcoder is of a kind without decoders.
     """
     chosen = AttributionOptions(**options)
-    transcoder = model.transcoder
-    if not isinstance(transcoder, CrossLayerTranscoder):
-        raise ConfigError(f"{type(transcoder).__name__} has no decoders to attribute to; use a CrossLayerTranscoder.")
     inputs = prepare_prompt(model.adapter, prompt)
     positions = describe_positions(model.adapter, inputs, prompt)
-    position = _position(chosen.position, len(positions))
     with torch.no_grad():
-        setting = _setting(model, inputs, targets, position, chosen)
-    batch = chosen.batch_size or automatic_batch_size(setting.linear)
-    scan = scan or f"transcoder of {transcoder.config.model_name or model.adapter.name}"
-    names = {"model": model.adapter.name, "scan": scan}
-    made_of = {**names, "options": chosen.to_dict(), "prompt": inputs.input_ids.tolist(), "data": _digest(setting)}
+        setting = _setting(model, inputs, targets, chosen)
+    info = _information(model, setting, chosen, slug or _slug(prompt, inputs), scan)
+    made_of = {**info, "prompt": inputs.input_ids.tolist(), "data": _digest(setting)}
     with _folder(work_dir) as folder:
         store = RowStore(folder, made_of, setting.sources.n_columns)
-        compute_rows(store, setting, chosen, batch, position, progress)
-        info = {
-            "slug": slug or _slug(prompt, inputs.input_ids[0].tolist()),
-            **names,
-            "n_features": transcoder.config.num_features,
-            "vocabulary": len(setting.linear.unembedding),
-            "options": {**chosen.to_dict(), "batch_size": batch},
-            "labels": {},
-            "versions": {"crosslayer": __version__, "torch": torch.__version__},
-        }
-        graph = assemble(
-            store,
-            setting.sources,
-            setting.targets.nodes,
-            positions,
-            _text(model, prompt, inputs),
-            chosen,
-            info,
-            images_of(prompt),
-        )
+        compute_rows(store, setting, chosen, info["options"]["batch_size"], progress)
+        text, images = _text(model, prompt, inputs), images_of(prompt)
+        graph = assemble(store, setting.sources, setting.targets.nodes, positions, text, chosen, info, images)
     _check_closed(graph, model)
     return graph
 
@@ -153,9 +131,7 @@ def automatic_batch_size(linear: LinearHost) -> int:
     return max(1, min(_LARGEST_BATCH, _BATCH_NUMBERS // linear.embeddings.numel()))
 
 
-def compute_rows(
-    store: RowStore, setting: Setting, options: AttributionOptions, batch: int, position: int, progress: bool
-) -> None:
+def compute_rows(store: RowStore, setting: Setting, options: AttributionOptions, batch: int, progress: bool) -> None:
     """All rows that are not there yet, targets first."""
     active, n_targets = len(setting.active), len(setting.targets.nodes)
     wanted = active if options.max_feature_nodes is None else min(active, options.max_feature_nodes)
@@ -166,13 +142,13 @@ def compute_rows(
         bar.update(len(store.row_ids))
         for start in range(0, n_targets, batch):
             ids = [first_target + k for k in range(start, min(start + batch, n_targets))]
-            _append(store, setting, backward, [row for row in ids if row not in store.row_ids], position)
+            _append(store, setting, backward, [row for row in ids if row not in store.row_ids])
             bar.update(len(ids))
         while (done := len(store.row_ids) - n_targets) < wanted:
             queue = store.queue() or _next_features(store, setting, weights, wanted - done, options, batch, wanted)
             store.save_queue(queue)
             for start in range(0, len(queue), batch):
-                _append(store, setting, backward, queue[start : start + batch], position)
+                _append(store, setting, backward, queue[start : start + batch])
                 bar.update(len(queue[start : start + batch]))
 
 
@@ -196,11 +172,11 @@ def _next_features(
     return ranked[~visited[ranked]][: min(options.update_interval * batch, missing)].tolist()
 
 
-def _append(store: RowStore, setting: Setting, backward: Backward, ids: Sequence[int], position: int) -> None:
+def _append(store: RowStore, setting: Setting, backward: Backward, ids: Sequence[int]) -> None:
     """Compute one batch of rows and write it."""
     if not ids:
         return
-    reads, constant = _reads(setting, ids, position)
+    reads, constant = _reads(setting, ids)
     rows = backward.rows(reads)
     seen = reads.vector.double()
     where = reads.layer, reads.position
@@ -211,7 +187,7 @@ def _append(store: RowStore, setting: Setting, backward: Backward, ids: Sequence
     store.append(list(ids), reads.layer.tolist(), values.tolist(), with_bias)
 
 
-def _reads(setting: Setting, ids: Sequence[int], position: int) -> tuple[Reads, Tensor]:
+def _reads(setting: Setting, ids: Sequence[int]) -> tuple[Reads, Tensor]:
     """Read vectors of rows, and the constant each adds to its sum."""
     linear, transcoder, active = setting.linear, setting.transcoder, setting.active
     first_target, top = setting.sources.n_columns + 1, len(linear.reads)
@@ -219,7 +195,7 @@ def _reads(setting: Setting, ids: Sequence[int], position: int) -> tuple[Reads, 
     for row in ids:
         if row >= first_target:
             layers.append(top)
-            places.append(position)
+            places.append(setting.targets.nodes[row - first_target].position)
             vectors.append(setting.targets.vectors[row - first_target])
             constant.append(torch.zeros((), dtype=torch.float64, device=vectors[-1].device))
             continue
@@ -238,14 +214,15 @@ def _reads(setting: Setting, ids: Sequence[int], position: int) -> tuple[Reads, 
 
 def _setting(
     model: ReplacementModel,
-    inputs: Any,
+    inputs: HostInputs,
     targets: Sequence[TargetChoice] | None,
-    position: int,
     options: AttributionOptions,
 ) -> Setting:
     """Pass 1: the host recorded, its features, targets and constants."""
     adapter, transcoder = model.adapter, model.transcoder
-    assert isinstance(transcoder, CrossLayerTranscoder)
+    if not isinstance(transcoder, CrossLayerTranscoder):
+        raise ConfigError(f"{type(transcoder).__name__} has no decoders to attribute to; use a CrossLayerTranscoder.")
+    position = _position(options.position, inputs.input_ids.shape[1])
     linear = adapter.linearised(inputs, keep=[position])
     active = active_features(linear, transcoder, options.ignored_positions)
     sources = Sources(linear, transcoder, active, options.ignored_positions)
@@ -259,6 +236,26 @@ def _setting(
         text_of=lambda token: token_text(adapter, token),
     )
     return Setting(linear, transcoder, sources, chosen, constants(linear, transcoder, sources))
+
+
+def _information(
+    model: ReplacementModel, setting: Setting, options: AttributionOptions, slug: str, scan: str | None
+) -> dict[str, Any]:
+    """What graph.json says besides nodes."""
+    config = setting.transcoder.config
+    return {
+        "slug": slug,
+        "model": model.adapter.name,
+        "scan": scan or f"transcoder of {config.model_name or model.adapter.name}",
+        "n_features": config.num_features,
+        "vocabulary": len(setting.linear.unembedding),
+        "options": {
+            **options.to_dict(),
+            "batch_size": options.batch_size or automatic_batch_size(setting.linear),
+        },
+        "labels": {},
+        "versions": {"crosslayer": __version__, "torch": torch.__version__},
+    }
 
 
 def _check_closed(graph: AttributionGraph, model: ReplacementModel) -> None:
@@ -288,14 +285,14 @@ def _digest(setting: Setting) -> str:
     return digest.hexdigest()
 
 
-def _slug(prompt: Prompt, ids: list[int]) -> str:
+def _slug(prompt: Prompt, inputs: HostInputs) -> str:
     """The prompt's first words and a few digits of its fingerprint."""
     text = prompt.prompt if isinstance(prompt, Sample) else prompt if isinstance(prompt, str) else "tokens"
     words = "".join(c if c.isascii() and c.isalnum() else " " for c in text.lower()).split()
-    return "-".join([*words[:6], hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:6]])
+    return "-".join([*words[:6], hashlib.sha256(json.dumps(inputs.input_ids.tolist()).encode()).hexdigest()[:6]])
 
 
-def _text(model: ReplacementModel, prompt: Prompt, inputs: Any) -> str:
+def _text(model: ReplacementModel, prompt: Prompt, inputs: HostInputs) -> str:
     """The prompt as the host reads it; image tokens as the user wrote them."""
     if isinstance(prompt, Sample):
         return prompt.prompt
