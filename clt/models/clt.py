@@ -343,12 +343,34 @@ class CrossLayerTranscoder(BaseTranscoder):
         save_transcoder(self, Path(folder))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: torch.device | str | None = None) -> CrossLayerTranscoder:
-        """Read what `save_pretrained` wrote.
+    def from_pretrained(
+        cls, path_or_repo: str | Path, device: torch.device | str | None = None, *, revision: str | None = None
+    ) -> CrossLayerTranscoder:
+        """Read what `save_pretrained` wrote, or a transcoder of another project (clt/models/formats).
+
+        Args:
+            path_or_repo: a folder, or OWNER/NAME on the Hub.
+            revision: commit, branch or tag on the Hub; None: main.
 
         Raises:
-            CheckpointError: a file is missing, cut off, or does not fit `cfg.json`.
+            CheckpointError: a file is missing, cut off, or does not fit its configuration.
+            ConfigError: another project's transcoder uses an option that has no counterpart here.
         """
         from clt.models.checkpoint import load_transcoder
+        from clt.models.hub import local_folder
 
-        return load_transcoder(cls, Path(folder), device)
+        return load_transcoder(cls, local_folder(path_or_repo, revision), device)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+        """Upload with a generated card; returns the address. To keep figures beside it, use `clt push` on a run folder.
+
+        Raises:
+            CheckpointError: the Hub refuses or cannot be reached.
+        """
+        from tempfile import TemporaryDirectory
+
+        from clt.models.hub import push_folder
+
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return push_folder(Path(folder), repo_id, private=private, token=token)
