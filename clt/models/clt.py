@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm
 
 from clt.config import CLTConfig
 from clt.errors import ConfigError
@@ -126,7 +127,10 @@ class CrossLayerTranscoder(BaseTranscoder):
 
     def standardise_inputs(self, layer: int, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
         """From the host's units to the transcoder's."""
-        return (x.to(self.input_scale.dtype) - self.input_shift[layer]) * self.input_scale[layer]
+        x = x.to(self.input_scale.dtype)
+        if self.config.input_norm == "layer":
+            x = layer_norm(x, x.shape[-1:])
+        return (x - self.input_shift[layer]) * self.input_scale[layer]
 
     def standardise_targets(self, y: Float[Tensor, "token layer d_model"]) -> Float[Tensor, "token layer d_model"]:
         """From the host's units to the transcoder's."""
@@ -241,6 +245,12 @@ class CrossLayerTranscoder(BaseTranscoder):
         first = self.running_threshold == 0
         mixed = torch.lerp(cut.to(self.running_threshold), self.running_threshold, _THRESHOLD_MEMORY)
         self.running_threshold.copy_(torch.where(first, cut.to(mixed), mixed))
+
+    def predicts(self, target: int) -> bool:
+        """Not where no source writes and no bias was learned: that MLP is better left alone."""
+        if not super().predicts(target):
+            return False
+        return bool(self.config.sources_of(target)) or bool((self.bias(target) != 0).any())
 
     # --- inference, in the host's units -----------------------------------------------------------------------
 

@@ -1,8 +1,8 @@
 """Write another project's transcoder as ours: `cfg.json` and `clt.safetensors`.
 
 Known: circuit-tracer (CLTs and per-layer sets), crosslayer-coding, EleutherAI, CLT-Forge, OpenMOSS,
-crosslayer-transcoder, SAELens and Gemma Scope transcoders. Whose it is, is found out from the files. Tensors are
-written one after the other, so a folder of 40 GB needs memory for one layer.
+crosslayer-transcoder, vlm-clt-training (transcoder_L*.pt), SAELens and Gemma Scope transcoders. Whose it is, is found
+out from the files. Tensors are written one after the other, so a folder of 40 GB needs memory for one layer.
 
 clt import downloads/clt-gemma runs/gemma
 clt import someone/clt-on-the-hub runs/clt --revision v1
@@ -36,6 +36,8 @@ class Options:
     """Commit, branch or tag on the Hub; None: main."""
     norm_stats: str | None = None
     """crosslayer-coding: norm_stats.json of the data it was trained on; None: beside the weights."""
+    host_layers: int | None = None
+    """vlm-clt-training: how many layers the host has; None: one more than there are files."""
     batchtopk_as_topk: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Batch top-k without a stored threshold: keep the same k for every token."""
 
@@ -47,6 +49,7 @@ def main(options: Options) -> None:
         raise ConfigError(f"{folder} holds a transcoder already ({WEIGHTS}). Choose a new folder.")
     given = {
         "norm_stats": options.norm_stats and Path(options.norm_stats),
+        "host_layers": options.host_layers,
         "batchtopk_as_topk": options.batchtopk_as_topk,
     }
     source = local_folder(options.source, options.revision)

@@ -320,3 +320,33 @@ def eleuther(folder, coalesce="none", tied=False, span=LAYERS, skip=True):
         return torch.stack(outputs)
 
     return forward
+
+
+def kokosdev(folder, n_targets=2):
+    """Layer norm, linear, ReLU, linear; file l predicts the MLPs of l + 1, l + 2, ..."""
+    randn, models = normal(), []
+    for layer in range(LAYERS - 1):
+        norm = torch.nn.LayerNorm(WIDTH)
+        model = torch.nn.ModuleDict(
+            {
+                "enc": torch.nn.Sequential(norm, torch.nn.Linear(WIDTH, FEATURES)),
+                "dec": torch.nn.Linear(FEATURES, WIDTH * n_targets),
+            }
+        )
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(randn(*parameter.shape))
+        state = {f"_orig_mod.{name}": value for name, value in model.state_dict().items()}
+        torch.save({"layer": layer, "state_dict": state}, folder / f"transcoder_L{layer}.pt")
+        models.append(model)
+
+    def forward(x):
+        outputs = torch.zeros_like(x)
+        with torch.no_grad():
+            for layer, model in enumerate(models):
+                written = model["dec"](model["enc"](x[layer]).relu()).unflatten(-1, (n_targets, WIDTH))
+                for i in range(min(n_targets, LAYERS - layer - 1)):
+                    outputs[layer + 1 + i] += written[:, i]
+        return outputs
+
+    return forward

@@ -33,6 +33,8 @@ FOLDERS = {
     "circuit-tracer, set": lambda folder: foreign.per_layer(folder, "circuit-tracer"),
     "saelens": lambda folder: foreign.per_layer(folder, "saelens"),
     "gemma-scope": lambda folder: foreign.per_layer(folder, "gemma-scope"),
+    "kokosdev": foreign.kokosdev,
+    "kokosdev, one target": lambda folder: foreign.kokosdev(folder, n_targets=1),
     "eleuther": foreign.eleuther,
     "eleuther, two targets": lambda folder: foreign.eleuther(folder, span=2),
     "eleuther, per layer": lambda folder: foreign.eleuther(folder, span=1),

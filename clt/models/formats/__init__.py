@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from clt.errors import CheckpointError, ConfigError
-from clt.models.formats import circuit_tracer, clt_forge, crosslayer_coding, eleuther, goreg, openmoss
+from clt.models.formats import circuit_tracer, clt_forge, crosslayer_coding, eleuther, goreg, kokosdev, openmoss
 from clt.models.formats.crosslayer_coding import is_crosslayer_coding, read_crosslayer_coding
 from clt.models.formats.per_layer import GemmaScope, SAELens
 from clt.models.formats.portable import Portable, build, write
@@ -24,7 +24,7 @@ __all__ = ["FORMATS", "Portable", "build", "detect", "is_crosslayer_coding", "re
 # In the order in which a folder is asked: those with files of unmistakable names first.
 FORMATS: dict[str, Any] = {
     each.NAME: each
-    for each in (clt_forge, goreg, circuit_tracer, openmoss, eleuther, SAELens, GemmaScope, crosslayer_coding)
+    for each in (clt_forge, goreg, circuit_tracer, openmoss, eleuther, kokosdev, SAELens, GemmaScope, crosslayer_coding)
 }
 
 

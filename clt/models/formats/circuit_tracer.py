@@ -36,11 +36,10 @@ def read(folder: Path) -> Portable:
         CheckpointError: a file is missing or of another shape, or a set lists files elsewhere.
     """
     values = read_yaml(folder / CONFIG) if (folder / CONFIG).exists() else {}
-    hooks: dict[str, Any] = {
-        "model_name": values.get("model_name"),
-        "mlp_input_template": values.get("feature_input_hook"),
-        "mlp_output_template": values.get("feature_output_hook"),
-    }
+    hooks: dict[str, Any] = {"model_name": values.get("model_name")}
+    for side in ("input", "output"):
+        hook = values.get(f"feature_{side}_hook")
+        hooks[f"mlp_{side}_template"] = None if hook is None else f"blocks.{{}}.{hook}"
     if not (folder / "W_enc_0.safetensors").exists():
         return CircuitTracerSet.read(folder, **hooks)
     layers = len(list(folder.glob("W_enc_*.safetensors")))

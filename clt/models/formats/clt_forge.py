@@ -52,6 +52,7 @@ def read(folder: Path) -> Portable:
         num_features=values["d_latent"], num_layers=values["n_layers"], d_model=values["d_in"],
         n_targets=None if values.get("cross_layer_decoders", True) else 1, model_name=values.get("model_name"),
         jumprelu_bandwidth=values.get("jumprelu_bandwidth") or 2.0, activation_fn="jumprelu",
+        mlp_input_template="blocks.{}.ln2.hook_normalized", mlp_output_template="blocks.{}.hook_mlp_out",
         normalization_method="rms" if _SCALES[0][1] in files[0] else "none",
         clt_dtype=stored_as(files[0].tensor("b_enc")),
     )  # fmt: skip

@@ -69,6 +69,8 @@ def _plain(
                 else "Choose another format (`clt export --help`)."
             )
         )
+    if config.input_norm != "none":
+        raise ConfigError(f"{format} has no place for input_norm = {config.input_norm!r}. Only ours has.")
     if config.skip_connection != "none" and not skip:
         raise ConfigError(
             f"{format} has no place for a skip connection. Formats that have: crosslayer-coding, eleuther, ours, and "
