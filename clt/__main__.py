@@ -32,6 +32,7 @@ COMMANDS = {
         "convert": "Turn a TopK or BatchTopK transcoder into JumpReLU and report what changed.",
         "analyze-theta": "The thresholds of a transcoder in a few numbers per layer.",
         "fidelity": "Put the transcoder in place of the MLPs and measure how faithful the host stays.",
+        "steer": "Change features while the host answers: text and next tokens before and after.",
     },
 }
 
