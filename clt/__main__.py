@@ -36,6 +36,7 @@ COMMANDS = {
         "push": "Put a transcoder, with a model card, on the Hugging Face Hub.",
         "analyze-theta": "The thresholds of a transcoder in a few numbers per layer.",
         "fidelity": "Put the transcoder in place of the MLPs and measure how faithful the host stays.",
+        "steer": "Change features while the host answers: text and next tokens before and after.",
     },
 }
 

@@ -1,10 +1,9 @@
 """Benchmark files small enough to count by hand, in the formats of their authors; and where the real ones may lie."""
 
 import json
-import os
 from pathlib import Path
 
-REAL_DATA = Path(os.environ.get("CLT_TEST_DATA", "/nonexistent"))
+REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
 """Folder with `amber/`, `pope/` and `fixtures/`, for tests against the official evaluators' numbers."""
 
 ASSOCIATIONS = {

@@ -3,7 +3,7 @@
     from clt import benchmarks
 
     pope = benchmarks.load("pope", data="coco_pope_random.json", images="val2014")
-    samples = pope.samples()                       # clt.types.Sample: id, bare question, image, reference answer
+    samples = pope.samples()                       # clt.types.Sample: id, bare question, image; no answer yet
     responses = {sample.id: ... for sample in samples}
     report = pope.score(responses)                 # of any part of the samples
     report.metrics                                 # the official numbers

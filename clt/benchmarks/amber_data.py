@@ -119,9 +119,9 @@ class AmberData:
 
 
 def amber_samples(
-    files: AmberData, ids: Sequence[str], images: str | Path | None, answer: Callable[[Mapping[str, Any]], str]
+    files: AmberData, ids: Sequence[str], images: str | Path | None, reference: Callable[[Mapping[str, Any]], str]
 ) -> list[Sample]:
-    """The queries with these ids; `answer` makes the reference answer from an annotation, which is also the `meta`.
+    """The queries with these ids; `reference` makes the best answer from an annotation, which is also the `meta`.
 
     Raises:
         BenchmarkError: a query is missing, or images are.
@@ -136,8 +136,11 @@ def amber_samples(
             id=id,
             prompt=query.text,
             images=paths[query.image],
-            answer=answer(files.annotations[id]),
-            meta={**files.annotations[id], "image": query.image},
+            meta={
+                **files.annotations[id],
+                "image": query.image,
+                "reference": reference(files.annotations[id]),
+            },
         )
         for id, query in queries.items()
     ]

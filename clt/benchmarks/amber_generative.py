@@ -102,7 +102,7 @@ class AmberGenerative:
         }
 
     def samples(self) -> Sequence[Sample]:
-        """1,004 requests, each "Describe this image."; `answer` names every annotated word."""
+        """1,004 requests, each "Describe this image."; `meta["reference"]` names every annotated word."""
         return amber_samples(self._files, self._ids, self.images, lambda row: f"There is {', '.join(row['truth'])}.")
 
     def score(self, responses: Mapping[str, str]) -> Report:

@@ -71,7 +71,11 @@ class Benchmark(Protocol):
         ...
 
     def samples(self) -> Iterable[Sample]:
-        """What to ask. `prompt` is the bare question unless it already holds an image placeholder."""
+        """What to ask, without answers.
+
+        `prompt` is the bare question unless it already holds an image placeholder; `meta["reference"]` is the best
+        answer, where there is one.
+        """
         ...
 
     def score(self, responses: Mapping[str, str]) -> Report:

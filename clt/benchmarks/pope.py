@@ -84,8 +84,12 @@ class Pope(CountingBenchmark):
                 id=f"{split}/{question['id']}" if len(asked) > 1 else question["id"],
                 prompt=question["text"],
                 images=images[question["image"]],
-                answer=question["label"].capitalize(),
-                meta={"label": question["label"], "image": question["image"], "split": split},
+                meta={
+                    "label": question["label"],
+                    "reference": question["label"].capitalize(),
+                    "image": question["image"],
+                    "split": split,
+                },
             )
             for split, questions in asked.items()
             for question in questions

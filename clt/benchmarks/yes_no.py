@@ -43,27 +43,29 @@ def cell(said_yes: bool, is_yes: bool) -> dict[str, int]:
     return {name: int(name == place) for name in CELLS}
 
 
+def cell_or_unread(said_yes: bool | None, is_yes: bool) -> dict[str, int]:
+    """Like `cell`, with an answer that is neither: a missed yes, or `unread` where no was right. Both are wrong."""
+    is_unread = said_yes is None and not is_yes
+    cells = dict.fromkeys(CELLS, 0) if is_unread else cell(bool(said_yes), is_yes)
+    return cells | {"unread": int(is_unread)}
+
+
 def confusion_metrics(totals: Mapping[str, float], prefix: str = "") -> dict[str, float]:
     """Accuracy, precision, recall, F1 and share of yes, as fractions, unrounded; 0 where nothing was divided by."""
     tp, fp, tn, fn = (totals.get(prefix + name, 0) for name in CELLS)
+    n = tp + fp + tn + fn + totals.get(f"{prefix}unread", 0)
     precision, recall = ratio(tp, tp + fp), ratio(tp, tp + fn)
     return {
-        f"{prefix}accuracy": ratio(tp + tn, tp + fp + tn + fn),
+        f"{prefix}accuracy": ratio(tp + tn, n),
         f"{prefix}precision": precision,
         f"{prefix}recall": recall,
         f"{prefix}f1": ratio(2 * precision * recall, precision + recall),
-        f"{prefix}yes_ratio": ratio(tp + fp, tp + fp + tn + fn),
+        f"{prefix}yes_ratio": ratio(tp + fp, n),
     }
 
 
 def undefined_metrics(totals: Mapping[str, float], prefix: str = "") -> list[str]:
     """The metrics that `confusion_metrics` gives as 0 because their denominator is."""
-    tp, fp, tn, fn = (totals.get(prefix + name, 0) for name in CELLS)
-    denominators = {
-        "accuracy": tp + fp + tn + fn,
-        "precision": tp + fp,
-        "recall": tp + fn,
-        "f1": tp,
-        "yes_ratio": tp + fp + tn + fn,
-    }
+    tp, fp, _, fn = (totals.get(prefix + name, 0) for name in CELLS)
+    denominators = {"precision": tp + fp, "recall": tp + fn, "f1": tp}
     return [prefix + name for name, denominator in denominators.items() if not denominator]

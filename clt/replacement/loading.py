@@ -7,7 +7,7 @@ from typing import Any
 
 from clt.activation_generation.corpus import host_path
 from clt.config import CLTConfig
-from clt.errors import CheckpointError, ConfigError
+from clt.errors import CheckpointError, ConfigError, HostModelError
 from clt.lm import ModelAdapter
 from clt.models import BaseTranscoder
 from clt.models.formats import build, kokosdev
@@ -27,7 +27,15 @@ def open_host(
             raise ConfigError(f"{', '.join(options)} cannot be given with a host that is open already.")
         return model
     templates = {} if config is None else templates_of(config)
-    return ModelAdapter.from_pretrained(host_path(str(model)), **{**templates, **(options or {})})
+    try:
+        return ModelAdapter.from_pretrained(host_path(str(model)), **{**templates, **(options or {})})
+    except HostModelError as error:
+        if not templates:
+            raise
+        raise HostModelError(
+            f"{model} cannot be opened for this transcoder, which was trained on "
+            f"{(config and config.model_name) or 'another host'} at {' and '.join(templates.values())}: {error}"
+        ) from error
 
 
 def open_pair(

@@ -107,7 +107,7 @@ class Verify(Choices):
         """Print what was found; damage is an error."""
         benchmark = self.load(self.name)
         samples = list(benchmark.samples())
-        answers = {sample.id: sample.answer for sample in samples if sample.answer is not None}
+        answers = {sample.id: str(sample.meta["reference"]) for sample in samples if "reference" in sample.meta}
         labels = Counter(str(sample.meta["label"]) for sample in samples if "label" in sample.meta)
         found = {
             "n_samples": len(samples),

@@ -97,7 +97,7 @@ def test_three_splits_are_reported_each_and_as_their_mean(tmp_path):
     pope = benchmarks.load("pope", data=tmp_path, split="all")
     samples = list(pope.samples())
     assert [sample.id for sample in samples[::8]] == ["random/1", "popular/1", "adversarial/1"]
-    responses = {sample.id: "Yes" if sample.id.startswith("random") else sample.answer for sample in samples}
+    responses = {sample.id: "Yes" if sample.id.startswith("random") else sample.meta["reference"] for sample in samples}
     metrics = pope.score(responses).metrics
     assert (metrics["random_accuracy"], metrics["popular_accuracy"], metrics["accuracy"]) == (0.5, 1, 2.5 / 3)
 
