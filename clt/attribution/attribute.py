@@ -202,14 +202,23 @@ def _reads(setting: Setting, ids: Sequence[int]) -> tuple[Reads, Tensor]:
         layer, feature = int(active.layer[row]), int(active.feature[row])
         layers.append(layer)
         places.append(int(active.position[row]))
-        vectors.append(transcoder.W_enc[layer][feature].detach().float() * transcoder.input_scale[layer])
-        shift = (vectors[-1].double() * transcoder.input_shift[layer].double()).sum()
+        vector = transcoder.W_enc[layer][feature].detach().float() * transcoder.input_scale[layer]
+        shift = (vector.double() * transcoder.input_shift[layer].double()).sum()
         constant.append(transcoder.b_enc[layer][feature].detach().double() - shift)
+        vectors.append(_through_norm(transcoder, vector, linear.reads[layer, places[-1]]))
     device = linear.reads.device
     reads = Reads(
         torch.tensor(layers, device=device), torch.tensor(places, device=device), torch.stack(vectors).to(device)
     )
     return reads, torch.stack(constant)
+
+
+def _through_norm(transcoder: CrossLayerTranscoder, vector: Tensor, x: Tensor) -> Tensor:
+    """What reads x as `vector` reads its norm, where the transcoder has one; its denominator is held, as the host's."""
+    if transcoder.config.input_norm == "none":
+        return vector
+    # 1e-5 is layer_norm's default, which the transcoder uses.
+    return (vector - vector.mean()) * (x.float().var(unbiased=False) + 1e-5).rsqrt()
 
 
 def _setting(
@@ -222,6 +231,8 @@ def _setting(
     adapter, transcoder = model.adapter, model.transcoder
     if not isinstance(transcoder, CrossLayerTranscoder):
         raise ConfigError(f"{type(transcoder).__name__} has no decoders to attribute to; use a CrossLayerTranscoder.")
+    if transcoder.config.input_norm != "none" and transcoder.config.skip_connection != "none":
+        raise ConfigError("A skip connection behind a norm (input_norm = 'layer') is not linear. Train without one.")
     position = _position(options.position, inputs.input_ids.shape[1])
     linear = adapter.linearised(inputs, keep=[position])
     active = active_features(linear, transcoder, options.ignored_positions)

@@ -1,7 +1,7 @@
 """circuit-tracer's and Neuronpedia's graph files: JSON per graph, and `graph-metadata.json` beside them.
 
-Written are the kept nodes and edges of a pruned graph, as circuit-tracer 0.4.1 writes them, but for one thing: its ids of
-error nodes (`0_{layer}_{position}`) are also those of layer 0's first features, and links then go to the wrong node.
+Written are the kept nodes and edges of a pruned graph, as circuit-tracer 0.4.1 writes them, but for one thing: its ids
+of error nodes (`0_{layer}_{position}`) are also those of layer 0's first features, and links then go to the wrong node.
 Ours are `{layer}_-1_{position}`, which readers that take ids apart into three integers still can. The bias node is left
 out, as there. Read back are nodes and edges; what was pruned is gone.
 """

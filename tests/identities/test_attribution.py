@@ -19,6 +19,7 @@ KINDS = {
     "later layers only": {"first_target": 1},
     "tied with offsets": {"decoder_tying": "per_source", "enable_feature_offset": True, "enable_feature_scale": True},
     "low rank": {"decoder_rank": 2},
+    "norm of its own": {"input_norm": "layer"},
     "skips to all targets": {"skip_connection": "all"},
     "own skip, standardised": {"skip_connection": "own", "n_targets": 1},
 }
