@@ -7,6 +7,9 @@ AttributionGraph.load("graphs/france")
 """
 
 from clt.attribution.attribute import attribute, run_attribution
+from clt.attribution.circuit_tracer_json import write_circuit_tracer_json
+from clt.attribution.circuit_tracer_pt import read_circuit_tracer_pt, write_circuit_tracer_pt
+from clt.attribution.circuit_tracer_read import read_circuit_tracer_json
 from clt.attribution.graph import AttributionGraph
 from clt.attribution.options import AttributionOptions
 from clt.attribution.prune import PrunedGraph
@@ -21,6 +24,10 @@ __all__ = [
     "GraphScores",
     "PrunedGraph",
     "attribute",
+    "read_circuit_tracer_json",
+    "read_circuit_tracer_pt",
     "run_attribution",
     "subgraph_scores",
+    "write_circuit_tracer_json",
+    "write_circuit_tracer_pt",
 ]

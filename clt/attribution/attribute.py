@@ -260,6 +260,7 @@ def _information(
         "scan": scan or f"transcoder of {config.model_name or model.adapter.name}",
         "n_features": config.num_features,
         "vocabulary": len(setting.linear.unembedding),
+        "host": {"d_model": config.d_model, "architecture": type(model.adapter.model).__name__},
         "options": {
             **options.to_dict(),
             "batch_size": options.batch_size or automatic_batch_size(setting.linear),
