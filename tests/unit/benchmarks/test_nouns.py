@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from clt.benchmarks import nouns_nltk
 from clt.benchmarks.nouns import VocabularyRules, amber_lemmas, reachable_words, sentences
 from clt.benchmarks.nouns_nltk import NltkNouns, amber_nouns, missing_for_nltk
 from clt.errors import BenchmarkError
@@ -50,6 +51,13 @@ def test_without_nltk_the_official_route_says_what_is_missing():
     assert amber_nouns("auto", {"dog"}).describe()["extractor"] == "rules"
     with pytest.raises(BenchmarkError, match="needs the package nltk"):
         NltkNouns({"dog"})
+
+
+def test_auto_takes_the_official_route_where_its_data_is(monkeypatch):
+    monkeypatch.setattr(nouns_nltk, "missing_for_nltk", lambda: None)
+    monkeypatch.setattr(nouns_nltk, "_nouns", lambda text: text.split())
+    assert amber_nouns("auto", {"dog"})("dog house dog") == ["dog", "dog"]
+    assert isinstance(amber_nouns("rules", {"dog"}), VocabularyRules)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("nltk") is None, reason="needs nltk")
