@@ -120,7 +120,7 @@ class Verify(Choices):
         labels = Counter(str(sample.meta["label"]) for sample in samples if "label" in sample.meta)
         found = {
             "n_samples": len(samples),
-            "n_images": len({str(image) for sample in samples for image in sample.images}),
+            "n_with_image": sum(bool(sample.images) for sample in samples),
             "labels": dict(labels),
             "n_reference_answers": len(answers),
             "reference_metrics": dict(benchmark.score(answers).metrics) if answers else {},
