@@ -27,6 +27,8 @@ extract = VocabularyRules(amber_lemmas())
         ("They ski to watch birds.", ["bird"]),
         ('The man\'s hat, the (red) umbrella and the wall-mounted "clock".', ["man", "hat", "umbrella", "clock"]),
         ("A boat is sailing on the sea.", ["boat", "sea"]),
+        ("A brick building that houses a bus, street lights up ahead.", ["building", "bus", "street", "light"]),
+        ("An individual standing by individual boxes", ["individual", "box"]),
         ("TV, air-conditioning and an e-book", ["TV", "air-conditioning", "e-book"]),
         ("", []),
     ],
