@@ -5,6 +5,7 @@
     ├── HostModelError    a model that cannot be loaded, hooked, replaced or linearised
     ├── DatasetError      activations at rest: missing, cut off, of another model
     ├── CheckpointError   a transcoder or trainer state that cannot be read
+    ├── GraphError        an attribution graph that cannot be made, read or exported
     ├── TrainingError     a loss that is not a number, a store that runs dry
     └── WorldError        an embedded world that does not exist or lacks its weights
 
@@ -31,6 +32,10 @@ class DatasetError(CLTError):
 
 class CheckpointError(CLTError):
     """A saved transcoder or trainer state that cannot be read."""
+
+
+class GraphError(CLTError):
+    """An attribution graph that cannot be made, read or exported."""
 
 
 class TrainingError(CLTError):
