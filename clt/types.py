@@ -78,7 +78,7 @@ class FeatureId(NamedTuple):
 
     @property
     def number(self) -> int:
-        """Cantor's pairing `(l + f)(l + f + 1) / 2 + f`: how circuit-tracer's and Neuronpedia's files name a feature."""
+        """Cantor's pairing `(l + f)(l + f + 1) / 2 + f`: what other projects' files call a feature."""
         total = self.layer + self.feature
         return total * (total + 1) // 2 + self.feature
 

@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from safetensors.numpy import save_file
 
-TEXT = "<bos> Fact : The capital of the state containing Dallas is".split()
+_SENTENCE = "the old town of Austin lies in Texas , far from the sea ; its capital hall was built in 1888 by masons"
+TEXT = ["<bos>", "Fact", ":", "The", "capital", "of", "the", "state", "containing", "Dallas", "is"]
 
 
 def write_graph_folder(
@@ -164,7 +165,31 @@ def write_examples(folder: Path, features: list[tuple[int, int]], *, with_images
     """Feature examples, one JSON file per feature."""
     rng = np.random.default_rng(1)
     folder.mkdir(parents=True, exist_ok=True)
-    words = "the old town of Austin lies in Texas , far from the sea ; its capital hall was built in 1888 by masons".split()
+    words = [
+        "the",
+        "old",
+        "town",
+        "of",
+        "Austin",
+        "lies",
+        "in",
+        "Texas",
+        ",",
+        "far",
+        "from",
+        "the",
+        "sea",
+        ";",
+        "its",
+        "capital",
+        "hall",
+        "was",
+        "built",
+        "in",
+        "1888",
+        "by",
+        "masons",
+    ]
     for layer, feature in features:
         quantiles = []
         for name, top in (("Top activations", 8.0), ("Subsample interval 5", 3.0)):

@@ -1,7 +1,7 @@
 """What a reader adds to a graph in the browser: pins, supernodes, labels; one small JSON file beside the graph.
 
-    {"format": "crosslayer-notes", "format_version": 1, "pinned": [node id], "threshold": 0.8,
-     "supernodes": [{"name": str, "nodes": [node id]}], "labels": {"layer/feature": str}}
+{"format": "crosslayer-notes", "format_version": 1, "pinned": [node id], "threshold": 0.8,
+ "supernodes": [{"name": str, "nodes": [node id]}], "labels": {"layer/feature": str}}
 """
 
 from __future__ import annotations

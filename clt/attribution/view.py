@@ -37,7 +37,7 @@ class NodeTable:
     """-1 where the node is no feature."""
     activation: Float64[ndarray, " node"]
     cumulative: Float64[ndarray, " node"]
-    """Share of all influence held by this node and all stronger ones; 0 for embeddings and logits, which always show."""
+    """Share of all influence of this node and all stronger ones; 0 for embeddings and logits, which always show."""
     probability: Float64[ndarray, " node"]
     label: Sequence[str]
 

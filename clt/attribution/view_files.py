@@ -162,7 +162,7 @@ def without_loose_errors(view: GraphView) -> GraphView:
         return view
     moved = np.cumsum(keep) - 1
     nodes = view.nodes
-    chosen = np.flatnonzero(keep)
+    chosen = np.flatnonzero(keep).tolist()
     columns = ("kind", "layer", "position", "feature", "activation", "cumulative", "probability")
     kept: dict[str, Any] = {name: getattr(nodes, name)[keep] for name in columns}
     table = NodeTable(id=[nodes.id[n] for n in chosen], label=[nodes.label[n] for n in chosen], **kept)
@@ -260,11 +260,11 @@ def _json_nodes(nodes: Sequence[Mapping[str, Any]], ids: Sequence[str], layers: 
         kind=kind,
         layer=layers,
         position=np.array([int(node["ctx_idx"]) for node in nodes], dtype=np.int64),
-        feature=np.array([_feature_of(n, k) for n, k in zip(nodes, kind, strict=True)], dtype=np.int64),
+        feature=np.array([_feature_of(n, k) for n, k in zip(nodes, kind.tolist(), strict=True)], dtype=np.int64),
         activation=np.array([_number(node.get("activation")) for node in nodes]),
         cumulative=np.where(always & ~np.isnan(cumulative).all(), 0.0, cumulative),
         probability=np.where(kind == LOGIT, probability, np.nan),
-        label=[_label_of(n, k) for n, k in zip(nodes, kind, strict=True)],
+        label=[_label_of(n, k) for n, k in zip(nodes, kind.tolist(), strict=True)],
     )
 
 
@@ -273,7 +273,7 @@ def _number(value: Any) -> float:
 
 
 def _feature_of(node: Mapping[str, Any], kind: int) -> int:
-    """The feature's number in its layer: the id says it (`layer_feature_position`), `feature` pairs it with the layer."""
+    """The feature's number in its layer, from the id (`layer_feature_position`) or unpaired from `feature`."""
     if kind != FEATURE:
         return -1
     parts = str(node["node_id"]).split("_")
@@ -315,7 +315,7 @@ _EMBEDDING_ID = re.compile(r"E_(\d+)_(\d+)")
 
 def _token_ids(nodes: NodeTable, n_tokens: int) -> list[int]:
     """Embeddings' ids say `E_{token}_{position}`; nothing if a position is missing."""
-    found = [_EMBEDDING_ID.fullmatch(nodes.id[node]) for node in np.flatnonzero(nodes.kind == EMBEDDING)]
+    found = [_EMBEDDING_ID.fullmatch(nodes.id[node]) for node in np.flatnonzero(nodes.kind == EMBEDDING).tolist()]
     by_position = {int(match[2]): int(match[1]) for match in found if match}
     return [by_position[p] for p in range(n_tokens)] if by_position.keys() == set(range(n_tokens)) else []
 

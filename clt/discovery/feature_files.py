@@ -40,8 +40,8 @@ class FeatureFiles:
             self.folder = folder / "features"
         if not self._is_binary and next(self._numbered(), None) is None:
             raise DatasetError(
-                f"{folder} holds no feature examples: neither {INDEX} nor files such as 1234.json. Give the folder that "
-                "directly holds them."
+                f"{folder} holds no feature examples: neither {INDEX} nor files such as 1234.json. Give the folder "
+                "that directly holds them."
             )
 
     @property

@@ -1,7 +1,7 @@
 """Labels of a transcoder's features: one small JSON file, written by `clt explain` and by readers of graphs.
 
-    {"format": "crosslayer-labels", "format_version": 1,
-     "labels": {"layer/feature": {"text": str, "source": str, "detection": float | null, "fuzzing": float | null}}}
+{"format": "crosslayer-labels", "format_version": 1,
+ "labels": {"layer/feature": {"text": str, "source": str, "detection": float | null, "fuzzing": float | null}}}
 """
 
 from __future__ import annotations

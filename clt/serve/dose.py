@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from clt.attribution.view import GraphView
 
@@ -20,6 +20,7 @@ class Dose:
     value: float
 
 
+@runtime_checkable
 class Steering(Protocol):
     """Whatever can answer a dose."""
 

@@ -123,12 +123,14 @@ class GraphLibrary:
         return {**notes, "labels": {**notes["labels"], **self._labels_by_hand()}}
 
     def save_notes(self, slug: str, notes: Mapping[str, Any]) -> None:
-        """Keep a reader's notes; labels go to the transcoder's folder if it is known, so that all its graphs have them."""
+        """Keep a reader's notes; labels go to the transcoder's folder if it is known: all its graphs have them."""
         checked = checked_notes(notes)
         with self._lock:
             path = self._label_folder and self._label_folder / BY_HAND_FILE
             if path and checked["labels"] != self._labels_by_hand():
-                write_labels(path, {key: FeatureLabel(text=text, source=READER) for key, text in checked["labels"].items()})
+                write_labels(
+                    path, {key: FeatureLabel(text=text, source=READER) for key, text in checked["labels"].items()}
+                )
             write_notes(self.notes_path(slug), {**checked, "labels": {} if path else checked["labels"]})
 
     def _labels_by_hand(self) -> dict[str, str]:
@@ -138,7 +140,9 @@ class GraphLibrary:
 
     def explained(self, slug: str) -> dict[str, FeatureLabel]:
         """Labels that no reader wrote: of `clt explain`, and those the graph came with."""
-        given = {key: FeatureLabel(text=text, source="the graph's file") for key, text in self.view(slug).labels.items()}
+        given = {
+            key: FeatureLabel(text=text, source="the graph's file") for key, text in self.view(slug).labels.items()
+        }
         return given if self._label_folder is None else {**given, **read_labels(self._label_folder / LABELS_FILE)}
 
     def examples(self, layer: int, feature: int) -> dict[str, Any] | None:

@@ -15,8 +15,8 @@ from clt.attribution.view import GraphView
 from clt.errors import GraphError
 from clt.lm import Decoding, HostInputs, ModelAdapter
 from clt.models import BaseTranscoder
-from clt.serve.dose import Dose
 from clt.replacement import Intervention, SteeredHost
+from clt.serve.dose import Dose
 from clt.types import Sample
 
 TOP_TOKENS = 6
@@ -78,8 +78,8 @@ class LiveSteering:
         n_positions = inputs.input_ids.shape[1]
         if n_positions != len(view.tokens):
             raise GraphError(
-                f"The graph has {len(view.tokens)} positions, but this host makes {n_positions} of its prompt. Start the "
-                "server with the model the graph was made with."
+                f"The graph has {len(view.tokens)} positions, but this host makes {n_positions} of its prompt. Start "
+                "the server with the model the graph was made with."
             )
         return inputs
 

@@ -80,7 +80,7 @@ def graph_page(
 
 
 def _packed_edges(view: GraphView, chosen: np.ndarray) -> str:
-    """Base64 of little-endian source u4, target u4, weight f4, then the totals into each node f4 (web/src/lib/edges.ts)."""
+    """Base64 of little-endian source u4, target u4, weight f4, then the total into each node f4 (see web/src)."""
     edges = view.edges
     arrays = [
         edges.source[chosen].astype("<u4"),

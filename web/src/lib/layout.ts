@@ -117,13 +117,14 @@ function makeRows(graph: Graph, space: Space, gutter: number, cells: Map<number,
   const free = space.height - gutter - PAD_TOP - OUTPUT_ROW - bottomRow
   const weights = Array.from({ length: nLayers }, (_, layer) => {
     const fullest = Math.max(0, ...cells.map((column) => column.get(layer)?.length ?? 0))
-    return 1 + 0.6 * Math.log2(1 + fullest / 4)
+    return 0.25 + 0.6 * Math.log2(1 + fullest / 4)
   })
   const total = weights.reduce((sum, weight) => sum + weight, 0)
+  const spare = Math.max(0, free - nLayers * MIN_ROW)
   const rows: Row[] = [{ top: PAD_TOP, bottom: PAD_TOP + OUTPUT_ROW, label: 'out', layer: nLayers }]
   for (let layer = nLayers - 1; layer >= 0; layer--) {
     const top = rows[rows.length - 1].bottom
-    const height = Math.max(MIN_ROW, (free * weights[layer]) / total) * space.zoom
+    const height = (MIN_ROW + (spare * weights[layer]) / total) * space.zoom
     rows.push({ top, bottom: top + height, label: String(layer), layer })
   }
   const top = rows[rows.length - 1].bottom
