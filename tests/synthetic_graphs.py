@@ -24,6 +24,7 @@ def write_graph_folder(
     tokens: list[str] | None = None,
     n_targets: int = 4,
     inputs_per_row: int = 60,
+    dictionary: int = 16_384,
     grid: tuple[int, int] | None = None,
     seed: int = 0,
 ) -> Path:
@@ -31,13 +32,14 @@ def write_graph_folder(
 
     Args:
         inputs_per_row: edges into each feature and target, at most.
+        dictionary: features per layer of the transcoder.
         grid: rows and columns of image patches put behind the first token.
     """
     rng = np.random.default_rng(seed)
     positions = _positions(tokens or TEXT, grid)
     n_positions = len(positions)
     layer = np.sort(rng.integers(0, n_layers, n_features))
-    features = np.stack([layer, _places(rng, n_features, n_positions), rng.integers(0, 16_384, n_features)], 1)
+    features = np.stack([layer, _places(rng, n_features, n_positions), rng.integers(0, dictionary, n_features)], 1)
     features = np.unique(features, axis=0)
     n_features = len(features)
     edges = _edges(rng, features, n_layers, n_positions, n_targets, inputs_per_row)
@@ -68,7 +70,7 @@ def write_graph_folder(
         "transcoder": "synthetic-clt",
         "scan": "synthetic-clt",
         "n_layers": n_layers,
-        "n_features": 16_384,
+        "n_features": dictionary,
         "positions": positions,
         "images": images,
         "targets": [

@@ -16,6 +16,9 @@ export class Graph {
   /** Positions that are patches of an image. */
   readonly patchOf: Map<number, { image: number; patch: Patch }>
 
+  /** What search looks through, made once for the labels at hand. */
+  private searchable: { labels: Record<string, string>; texts: string[] } | null = null
+
   constructor(readonly data: GraphData) {
     this.size = data.nodes.id.length
     this.byId = new Map(data.nodes.id.map((id, node) => [id, node]))
@@ -95,11 +98,12 @@ export class Graph {
   search(query: string, labels: Record<string, string>): number[] {
     const words = query.toLowerCase().split(/\s+/).filter(Boolean).map((word) => (/^[lp]\d+$/.test(word) ? ` ${word} ` : word))
     if (!words.length) return []
-    const found: number[] = []
-    for (let node = 0; node < this.size; node++) {
-      const text = this.searchText(node, labels)
-      if (words.every((word) => text.includes(word))) found.push(node)
+    if (this.searchable?.labels !== labels) {
+      this.searchable = { labels, texts: Array.from({ length: this.size }, (_, node) => this.searchText(node, labels)) }
     }
+    const { texts } = this.searchable
+    const found: number[] = []
+    for (let node = 0; node < this.size; node++) if (words.every((word) => texts[node].includes(word))) found.push(node)
     return found
   }
 

@@ -42,7 +42,10 @@ async function answer<T>(path: string, init?: RequestInit): Promise<T> {
 }
 
 function send<T>(path: string, method: 'POST' | 'PUT', body: unknown): Promise<T> {
-  return answer<T>(path, { method, headers: { 'Content-Type': 'application/json' }, body: JSON.stringify(body) })
+  const text = JSON.stringify(body)
+  const headers = { 'Content-Type': 'application/json' }
+  // Notes are also sent while the page closes; browsers allow that for 64 kB.
+  return answer<T>(path, { method, headers, body: text, keepalive: method === 'PUT' && text.length < 50_000 })
 }
 
 export class ServerSource implements Source {

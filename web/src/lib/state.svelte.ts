@@ -77,6 +77,7 @@ export class AppState {
       if (node !== undefined && this.fromAddress('graph') === slug) this.select(node)
       else this.writeAddress()
       this.overview = await this.source.overview(slug)
+      setTimeout(() => graph.search('?', this.labels)) // what search looks through, ready before the first key
     } catch (error) {
       this.problem = message(error)
     }
