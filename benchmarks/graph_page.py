@@ -8,6 +8,7 @@ for one node's links; `ratio` is the limit of 100 ms over the slowest scroll, fi
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import shutil
 import statistics
@@ -82,14 +83,11 @@ def main() -> None:
     parser.add_argument("--inputs", type=int, default=400, help="edges into each of them, at most")
     options = parser.parse_args()
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        sync_playwright = None
-    if chromium is None or sync_playwright is None:
+    if chromium is None or importlib.util.find_spec("playwright") is None:
         print(json.dumps({"benchmark": "graph_page", "skipped": "needs Chromium and playwright"}))
         return
-    with tempfile.TemporaryDirectory() as folder, sync_playwright() as driver:
+    playwright = importlib.import_module("playwright.sync_api")
+    with tempfile.TemporaryDirectory() as folder, playwright.sync_playwright() as driver:
         root = Path(folder)
         write_graph_folder(root / "large", n_features=options.nodes, n_layers=26, inputs_per_row=options.inputs)
         library = GraphLibrary(root)
