@@ -8,6 +8,7 @@
     ├── GraphError        an attribution graph that cannot be made, read or exported
     ├── TrainingError     a loss that is not a number, a store that runs dry
     ├── BenchmarkError    questions, answers or judgements that do not fit together
+    ├── DiscoveryError    phases of feature discovery that lack their input or have too few samples
     └── WorldError        an embedded world that does not exist or lacks its weights
 
 The command line prints the message without a traceback (`--debug` shows it) and exits with 2.
@@ -49,3 +50,7 @@ class BenchmarkError(CLTError):
 
 class WorldError(CLTError):
     """An embedded world that does not exist or lacks its weights."""
+
+
+class DiscoveryError(CLTError):
+    """A phase of feature discovery that lacks its input or has too few samples."""
