@@ -61,7 +61,7 @@ def read_crosslayer_coding(
     Raises:
         CheckpointError: a tensor is missing, unknown or of another shape, or the statistics are missing.
     """
-    config = config.replace(ranking="value", post_encoder="target")
+    config = config.replace(ranking="value", post_encoder="target", clt_dtype=_dtype(tensors, config))
     if config.normalization_method == "mean_std" and norm_stats is None:
         raise CheckpointError(
             "This transcoder was trained on standardised activations (normalization_method = 'mean_std'), and "
@@ -77,6 +77,18 @@ def read_crosslayer_coding(
             model.fit_standardisation(ActivationStatistics(*torch.ones(4, config.num_layers, config.d_model)))
         _Filling(model, tensors).fill()
     return model
+
+
+def _dtype(tensors: Mapping[str, Tensor], config: CLTConfig) -> Any:
+    """The type the weights are in: where the configuration is silent it takes theirs, else it must name it."""
+    found = {str(value.dtype).removeprefix("torch.") for name, value in tensors.items() if name.endswith("weight")}
+    wanted = found if config.clt_dtype is None else {config.clt_dtype}
+    if len(found) != 1 or found != wanted:
+        raise CheckpointError(
+            f"The weights are {' and '.join(sorted(found))}, cfg.json says clt_dtype = {config.clt_dtype!r}. Put the "
+            "type the weights are in there, or cast them all to it."
+        )
+    return found.pop()
 
 
 def read_norm_stats(path: Path, config: CLTConfig) -> ActivationStatistics:
