@@ -27,6 +27,7 @@ COMMANDS = {
         "sweep": "Train several configurations on one pass over the data; draw EV over L0.",
         "evaluate": "Error, explained variance, L0 and dead features on held-out activations.",
         "convert": "Turn a TopK or BatchTopK transcoder into JumpReLU and report what changed.",
+        "finetune": "Train a transcoder further through the replacement model, on its logits.",
         "analyze-theta": "The thresholds of a transcoder in a few numbers per layer.",
         "fidelity": "Put the transcoder in place of the MLPs and measure how faithful the host stays.",
     },

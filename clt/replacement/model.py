@@ -68,10 +68,11 @@ class ReplacementModel:
         *,
         errors: Float[Tensor, "layer row position d_model"] | None = None,
         intervene: Intervene | None = None,
+        gradient: bool = False,
     ) -> Float[Tensor, "row position vocabulary"]:
-        """What the replacement model predicts after each position."""
+        """What the replacement model predicts after each position; with `gradient`, for the transcoder to learn."""
         with self.active(errors=errors, intervene=intervene):
-            return self.adapter.logits(inputs)
+            return self.adapter.logits(inputs, gradient=gradient)
 
     @torch.no_grad()
     def errors(self, inputs: HostInputs) -> Float[Tensor, "layer row position d_model"]:
