@@ -48,6 +48,8 @@ class LossManager:
 
     def __init__(self, config: TrainingConfig) -> None:
         self.config = config
+        self.sparsity_factor = 1.0
+        """Multiplies the scheduled sparsity weight; moved by `steered` where there is a target for L0."""
 
     def compute(
         self,
@@ -108,7 +110,7 @@ class LossManager:
             price = price + span * span_price(model, forward, steepness)
         if self.config.sparsity_reduction == "mean_tokens":
             price = price / len(forward.reconstruction)
-        return sparsity_weight(self.config, step) * price
+        return sparsity_weight(self.config, step) * self.sparsity_factor * price
 
     def _preactivation(self, model: CrossLayerTranscoder, forward: TrainingForward, dead: Tensor) -> Tensor:
         """Pulls silent features towards their threshold (Anthropic, January 2025), so that they do not stay dead.

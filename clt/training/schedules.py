@@ -4,6 +4,8 @@ import math
 
 from clt.config import TrainingConfig
 
+_STEERINGS = 20
+
 
 def default_learning_rate(n_features: int) -> float:
     """2e-4 at 2^14 features per layer, growing with 1/sqrt(F) for smaller ones (Anthropic, January 2025)."""
@@ -45,3 +47,16 @@ def k_factor(config: TrainingConfig, step: int) -> float:
     if step >= config.k_anneal_steps:
         return 1.0
     return config.k_anneal_start + (1 - config.k_anneal_start) * step / config.k_anneal_steps
+
+
+def steered(config: TrainingConfig, factor: float, l0: float, step: int) -> float:
+    """The factor of the sparsity weight after a step with this L0 per layer; `factor` as it is without a target.
+
+    Its logarithm moves by a small share of the logarithm of L0 / target, so it settles where L0 is on target: integral
+    control. A run has about `_STEERINGS` times the time it takes to move by a factor of e, at most.
+    """
+    if config.sparsity_target_l0 is None:
+        return factor
+    target = config.sparsity_target_l0 * k_factor(config, step)
+    miss = math.log(max(l0, 0.01 * target) / target)
+    return factor * math.exp(min(max(miss, -1.0), 1.0) * _STEERINGS / config.training_steps)
