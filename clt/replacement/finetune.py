@@ -192,7 +192,8 @@ class Finetuner:
         scored: Scored = scored_positions(inputs)
         with adapter.capturing(inputs.is_token) as captured:
             host = adapter.logits(inputs)[scored.where]
-        ours = self.replacement.logits(inputs, gradient=True)[scored.where]
+        with self.replacement.active(inputs):
+            ours = adapter.logits(inputs, gradient=True)[scored.where]
         terms = {config.loss: end_to_end_loss(config.loss, host, ours, scored.following)}
         if config.reconstruction_weight or config.sparsity_lambda:
             model = self.model
