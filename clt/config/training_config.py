@@ -106,7 +106,7 @@ class TrainingConfig(Config):
     sparsity_lambda_delay_frac: float = 0.1
     """Share of the run before delayed_linear starts."""
     sparsity_target_l0: float | None = None
-    """Steer the sparsity weight to this many active features per token and layer; None: leave it as scheduled."""
+    """Raise the sparsity weight above its schedule until so many features per token and layer are on; None: don't."""
     sparsity_c: float = 4.0
     """Steepness of the tanh in the sparsity penalty (4 in Anthropic's January 2025 update, 1 in the seeds)."""
     sparsity_reduction: Literal["mean_tokens", "sum_tokens"] = "mean_tokens"

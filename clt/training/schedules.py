@@ -52,11 +52,13 @@ def k_factor(config: TrainingConfig, step: int) -> float:
 def steered(config: TrainingConfig, factor: float, l0: float, step: int) -> float:
     """The factor of the sparsity weight after a step with this L0 per layer; `factor` as it is without a target.
 
-    Its logarithm moves by a small share of the logarithm of L0 / target, so it settles where L0 is on target: integral
-    control. A run has about `_STEERINGS` times the time it takes to move by a factor of e, at most.
+    Integral control: its logarithm moves by a small share of that of L0 / target, so that it settles where L0 is on
+    target; at most by a factor of e per `training_steps / _STEERINGS` steps, and never below 1, where L0 is under the
+    target without any help. (Features switched off early hardly come back when the weight falls: it should come from
+    below, with the target annealed.)
     """
     if config.sparsity_target_l0 is None:
         return factor
     target = config.sparsity_target_l0 * k_factor(config, step)
     miss = math.log(max(l0, 0.01 * target) / target)
-    return factor * math.exp(min(max(miss, -1.0), 1.0) * _STEERINGS / config.training_steps)
+    return max(1.0, factor * math.exp(min(max(miss, -1.0), 1.0) * _STEERINGS / config.training_steps))

@@ -24,7 +24,7 @@ from clt.training.run_folder import METRICS, RunFolder
 from clt.training.schedules import sparsity_weight, steered
 from clt.training.seed_output import write_final_folder
 from clt.training.services import require_services, service_trackers
-from clt.training.setup import build_model, data_fingerprint, open_store, require_same_shape
+from clt.training.setup import build_model, data_fingerprint, open_store, require_penalty, require_same_shape
 from clt.training.step import Engine, StepResult
 from clt.training.trackers import JSONLTracker, ProgressTracker, Tracker
 from clt.types import ActivationBatch, choose_device
@@ -68,6 +68,7 @@ class CLTTrainer:
         if training_config.normalization_method is not None:
             clt_config = clt_config.replace(normalization_method=training_config.normalization_method)
         require_services(training_config)
+        require_penalty(clt_config, training_config)
         self.clt_config, self.config = clt_config, training_config
         self.device = choose_device(device)
         self.folder = RunFolder(log_dir)
