@@ -173,8 +173,11 @@ def convert(options: Options) -> tuple[CrossLayerTranscoder, Drift | None]:
             raise ConfigError("Thresholds of this kind are found on activations. Give --data FOLDER.")
         return as_jumprelu(model, running_thresholds(model)), None
     parts = Parts(options, model)
+    estimate = None
+    if method == "estimate":  # first: another project's BatchTopK has no threshold before its choice is seen
+        estimate = estimate_thresholds(model, parts.estimation(), options.default_theta_value, options.scale_factor)
     before = evaluate(model, parts.report())
-    converted, scales = _with_thresholds(model, parts, method, options)
+    converted, scales = _with_thresholds(model, parts, method, estimate, options)
     drift = Drift(before, evaluate(converted, parts.report()), scales)
     if not options.force:
         drift.require_small(options.l0_tolerance, options.nmse_tolerance)
@@ -182,7 +185,7 @@ def convert(options: Options) -> tuple[CrossLayerTranscoder, Drift | None]:
 
 
 def _with_thresholds(
-    model: CrossLayerTranscoder, parts: Parts, method: str, options: Options
+    model: CrossLayerTranscoder, parts: Parts, method: str, estimate: torch.Tensor | None, options: Options
 ) -> tuple[CrossLayerTranscoder, list[float]]:
     """The transcoder behind thresholds found by a method, and the scales of their calibration."""
     tokens = parts.calibration()
@@ -197,7 +200,8 @@ def _with_thresholds(
         case "cut":
             theta = common_cut(model, tokens, kept)
         case _:
-            theta = estimate_thresholds(model, parts.estimation(), options.default_theta_value, options.scale_factor)
+            assert estimate is not None
+            theta = estimate
     scales: list[float] = []
     if options.calibrate:
         scales = calibrate(model, theta, tokens, kept, options.calibration)
