@@ -100,18 +100,6 @@ def portable(weights: TensorFile, config: CLTConfig, norm_stats: Path | None) ->
     return Portable(NAME, config, lambda: reader.tensors(statistics))
 
 
-def _dtype(tensors: Mapping[str, Tensor], config: CLTConfig) -> Any:
-    """The type the weights are in: where the configuration is silent it takes theirs, else it must name it."""
-    found = {str(value.dtype).removeprefix("torch.") for name, value in tensors.items() if name.endswith("weight")}
-    wanted = found if config.clt_dtype is None else {config.clt_dtype}
-    if len(found) != 1 or found != wanted:
-        raise CheckpointError(
-            f"The weights are {' and '.join(sorted(found))}, cfg.json says clt_dtype = {config.clt_dtype!r}. Put the "
-            "type the weights are in there, or cast them all to it."
-        )
-    return found.pop()
-
-
 def _dtype(weights: TensorFile, config: CLTConfig) -> Any:
     """The type the weights are in: where the configuration is silent it takes theirs, else it must name it."""
     name = next((each for each in sorted(weights.names) if each.endswith("weight")), None)
