@@ -168,6 +168,10 @@ def convert(options: Options) -> tuple[CrossLayerTranscoder, Drift | None]:
             "To write another project's weights as ours, give --method import."
         )
     method = options.method if options.method != "auto" else ("running" if family == "batchtopk" else "adapt")
+    if method == "adapt" and family != "topk":
+        raise ConfigError(
+            f"--method adapt is for topk; {options.clt} is {family}, whose threshold is exact: --method running."
+        )
     if options.data is None:
         if method != "running" or options.calibrate:
             raise ConfigError("Thresholds of this kind are found on activations. Give --data FOLDER.")
@@ -178,7 +182,7 @@ def convert(options: Options) -> tuple[CrossLayerTranscoder, Drift | None]:
         estimate = estimate_thresholds(model, parts.estimation(), options.default_theta_value, options.scale_factor)
     before = evaluate(model, parts.report())
     converted, scales = _with_thresholds(model, parts, method, estimate, options)
-    drift = Drift(before, evaluate(converted, parts.report()), scales)
+    drift = Drift(before, evaluate(converted, parts.report()), scales, method)
     if not options.force:
         drift.require_small(options.l0_tolerance, options.nmse_tolerance)
     return converted, drift
@@ -218,9 +222,11 @@ def _norm_stats(options: Options) -> Path | None:
 
 
 def describe(drift: Drift) -> str:
-    """Before and after, in two lines."""
+    """Before and after, in a few lines."""
     before, after = drift.before, drift.after
+    trained = "All weights were trained on (adapt).\n" if drift.method == "adapt" else ""
     return (
+        f"{trained}"
         f"On {after.n_tokens:,} tokens not used for conversion: NMSE {before.nmse:.4f} -> {after.nmse:.4f} "
         f"({drift.nmse:+.2%}), L0 per layer {before.l0:.2f} -> {after.l0:.2f} (largest change {drift.l0:.2f})."
     )
@@ -231,7 +237,7 @@ def report_json(drift: Drift | None, method: str) -> str:
     if drift is None:
         how = "import" if method == "import" else "running, without activations"
         return json.dumps({"method": f"{how}: the same function"}, indent=2) + "\n"
-    values = {"method": method, "l0_drift": drift.l0, "nmse_drift": drift.nmse, "scales": drift.scales}
+    values = {"method": drift.method, "l0_drift": drift.l0, "nmse_drift": drift.nmse, "scales": drift.scales}
     sides = {"before": drift.before.to_dict(), "after": drift.after.to_dict()}
     return json.dumps({**values, **sides}, indent=2) + "\n"
 

@@ -56,6 +56,8 @@ class Drift:
     after: Evaluation
     scales: list[float] = field(default_factory=list)
     """One per layer; empty without calibration."""
+    method: str = "estimate"
+    """How thresholds were found; `adapt` changed the weights too."""
 
     @property
     def l0(self) -> float:

@@ -141,6 +141,7 @@ def test_a_drift_above_the_tolerance_is_an_error_and_writes_nothing(data, traine
 def test_the_command_writes_a_transcoder_and_a_report(data, trained, tmp_path, capsys):
     convert.main(options_of(trained["batchtopk"], tmp_path, data=str(data)))
     report = json.loads((tmp_path / "conversion.json").read_text())
+    assert report["method"] == "running"
     assert report["l0_drift"] == pytest.approx(0, abs=1e-6)
     assert CrossLayerTranscoder.from_pretrained(tmp_path).config.activation_fn == "jumprelu"
     analyze_theta.main(analyze_theta.Options(log_dir=str(tmp_path)))
@@ -152,6 +153,8 @@ def test_what_cannot_be_converted_is_refused(data, trained, tmp_path):
         convert.convert(options_of(trained["topk"], tmp_path))
     with pytest.raises(ConfigError, match="keeps no running threshold"):
         convert.convert(options_of(trained["topk"], tmp_path, data=str(data), method="running"))
+    with pytest.raises(ConfigError, match="adapt is for topk"):
+        convert.convert(options_of(trained["batchtopk"], tmp_path, data=str(data), method="adapt"))
     with pytest.raises(DatasetError, match="too few to estimate"):
         convert.convert(options_of(trained["topk"], tmp_path, data=str(data), batch_size_tokens=4000))
     convert.main(options_of(trained["batchtopk"], tmp_path / "jumprelu"))
