@@ -2,9 +2,9 @@
 
 "CITY is in the state whose capital is" has one known hop in the middle: the city's state, computed at the city's second
 word and moved to the end. Cities of one state share no word, so a feature that fires for several of them, and for few
-others, has computed the state. It *stands for* the state at a position (counted from the second word) if there, whatever
-is asked, it fires for at least three of the state's six cities, and these are at least two thirds of all cities it fires
-for. This is looked up on all 72 cities and four relations, before any graph is computed.
+others, has computed the state. It *stands for* the state at a position (counted from the second word) if there,
+whatever is asked, it fires for at least three of the state's six cities, and these are at least two thirds of all
+cities it fires for. This is looked up on all 72 cities and four relations, before any graph is computed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,10 @@ def state_features(model: ReplacementModel) -> dict[str, list[StateFeature]]:
         hits = fires[owner == number].sum(0)
         stands = (hits >= FEWEST) & (hits >= SHARE * fires.sum(0))
         strength = by_city[owner == number].mean(0)
-        found[state] = [StateFeature(*place, float(strength[tuple(place)])) for place in stands.nonzero().tolist()]
+        found[state] = [
+            StateFeature(layer, offset, feature, float(strength[layer, offset, feature]))
+            for layer, offset, feature in stands.nonzero().tolist()
+        ]
     return found
 
 
