@@ -6,6 +6,7 @@
     ├── DatasetError      activations at rest: missing, cut off, of another model
     ├── CheckpointError   a transcoder or trainer state that cannot be read
     ├── TrainingError     a loss that is not a number, a store that runs dry
+    ├── DiscoveryError    phases of feature discovery that lack their input or have too few samples
     └── WorldError        an embedded world that does not exist or lacks its weights
 
 The command line prints the message without a traceback (`--debug` shows it) and exits with 2.
@@ -39,3 +40,7 @@ class TrainingError(CLTError):
 
 class WorldError(CLTError):
     """An embedded world that does not exist or lacks its weights."""
+
+
+class DiscoveryError(CLTError):
+    """A phase of feature discovery that lacks its input or has too few samples."""
