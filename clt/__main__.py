@@ -22,6 +22,9 @@ COMMANDS = {
         "scramble": "Write a data set again with its rows in a random order.",
         "serve": "Serve activations to other machines.",
     },
+    "Benchmarks": {
+        "bench": "Benchmarks of vision-language models: list, info, verify, score.",
+    },
     "Transcoders": {
         "train": "Train a cross-layer transcoder on captured activations.",
         "sweep": "Train several configurations on one pass over the data; draw EV over L0.",

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Integer
+from jaxtyping import Bool, Float, Integer, UInt8
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from clt.errors import HostModelError
+from clt.errors import ConfigError, HostModelError
 from clt.lm import hooks
-from clt.lm.generation import generate_greedily
-from clt.lm.hooks import Captured, Predict
-from clt.lm.inputs import HostInputs, PaddingSide, TokenIds, assemble, check_length, from_tokens
+from clt.lm.generation import Decoding, OnText, TextStream, generate_ids
+from clt.lm.hooks import Captured, Change, Predict, Receive, Site
+from clt.lm.inputs import HostInputs, PaddingSide, TokenIds, assemble, check_length, from_tokens, kinds
 from clt.lm.loading import load_host, sees_images
 from clt.lm.prompts import answer_tokens, extended, image_prompts, text_prompts
-from clt.lm.structure import find_templates, hookpoints_of, normalised_template, sites_of, text_config
+from clt.lm.structure import (
+    down_projection,
+    find_templates,
+    hookpoints_of,
+    normalised_template,
+    sites_of,
+    text_config,
+    width_of,
+)
 from clt.types import ActivationBatch, Hookpoint, Sample
 
 
@@ -204,6 +213,10 @@ class ModelAdapter:
         check_length(inputs, self._longest)
         return inputs.to(self.device)
 
+    def kinds_of(self, input_ids: Integer[Tensor, "row position"]) -> UInt8[Tensor, "row position"]:
+        """`TokenKind` of tokens by their ids, none of them padding."""
+        return kinds(input_ids, torch.ones_like(input_ids), self.token_ids)
+
     # --- reading ----------------------------------------------------------------------------------------------
 
     def capturing(self, keep: Bool[Tensor, "row position"] | None = None) -> AbstractContextManager[Captured]:
@@ -249,8 +262,49 @@ class ModelAdapter:
         Args:
             layers: which to replace; None: all.
         """
-        pairs = self._pairs if layers is None else [self._pairs[layer] for layer in layers]
-        return hooks.replacing(pairs, predict, self._returns_tuple)
+        return hooks.replacing(self._chosen(layers), predict, self._returns_tuple)
+
+    def rewriting(self, change: Change, layers: Sequence[int] | None = None) -> AbstractContextManager[None]:
+        """Let the host go on with `change(layer, what its MLP reads, what it writes)` instead of what it writes."""
+        return hooks.rewriting(self._chosen(layers), change)
+
+    def reading(self, receive: Receive, layers: Sequence[int] | None = None) -> AbstractContextManager[None]:
+        """Show `receive(layer, what its MLP reads)` while the block runs, before the MLP itself runs."""
+        return hooks.reading(self._chosen(layers), receive)
+
+    @cached_property
+    def _down(self) -> list[Site]:
+        return [down_projection(pair, self.d_model) for pair in self._pairs]
+
+    @property
+    def neuron_counts(self) -> list[int]:
+        """How many neurons the MLP of each layer has.
+
+        Raises:
+            HostModelError: an MLP whose neurons cannot be told apart, such as a mixture of experts.
+        """
+        return [width_of(site.module) for site in self._down]
+
+    @contextmanager
+    def rewriting_neurons(self, change: Predict, layers: Sequence[int]) -> Iterator[None]:
+        """Let the host go on with `change(layer, activations of its MLP's neurons)`."""
+        with ExitStack() as undo:
+            for layer in layers:
+                undo.callback(self._down[layer].overwrite(partial(change, layer)).remove)
+            yield
+
+    def _chosen(self, layers: Sequence[int] | None) -> Sequence[hooks.SitePair]:
+        return self._pairs if layers is None else [self._pairs[layer] for layer in layers]
+
+    @contextmanager
+    def before_each_pass(self, begin: Callable[[Tensor], None]) -> Iterator[None]:
+        """Call `begin` with the token ids, `[row, position]`, that each forward pass of the decoder starts on."""
+        # The one module that every host calls with its tokens, once per pass.
+        handle = self.model.get_input_embeddings().register_forward_pre_hook(lambda module, args: begin(args[0]))
+        try:
+            yield
+        finally:
+            handle.remove()
 
     # --- running ----------------------------------------------------------------------------------------------
 
@@ -259,27 +313,48 @@ class ModelAdapter:
         """What the host predicts after each position."""
         return self.model(**self._arguments(inputs)).logits
 
-    def generate_ids(
-        self, samples: Sequence[Sample], *, max_new_tokens: int, batch_size: int = 16, use_cache: bool = True
+    def generate_from(
+        self, inputs: HostInputs, decoding: Decoding, on_text: OnText | None = None
     ) -> list[Integer[Tensor, " _position"]]:
-        """Greedy answers as token ids on the CPU, up to and including the first end-of-answer token."""
-        batches = (
-            self.prepare(batch, with_answer=False, padding_side="left") for batch in _batched(samples, batch_size)
-        )
+        """Answers to one batch of prompts padded left, as token ids on the CPU, each with its end token.
+
+        Args:
+            on_text: told the new text of each sample as it is generated.
+
+        Raises:
+            HostModelError: a prompt with the longest answer would not fit the host's positions.
+        """
+        check_length(inputs, self._longest, decoding.max_new_tokens)
+        stream = None
+        if on_text is not None:
+            stream = TextStream(self._require_tokenizer(), inputs.sample_ids, self.eos_token_ids, on_text)
+        return generate_ids(self.model, inputs, decoding, self.eos_token_ids, self.token_ids, stream)
+
+    def generate_ids(
+        self, samples: Sequence[Sample], *, batch_size: int = 16, on_text: OnText | None = None, **how: Any
+    ) -> list[Integer[Tensor, " _position"]]:
+        """Answers as token ids on the CPU, up to and including the first end-of-answer token.
+
+        Args:
+            how: `max_new_tokens` and whatever else `Decoding` has: temperature, top_p, seed, use_cache.
+        """
+        decoding = Decoding(**how)
         return [
             answer
-            for inputs in batches
-            for answer in generate_greedily(
-                self.model, inputs, self.eos_token_ids, self.token_ids.padding, max_new_tokens, use_cache
-            )
+            for inputs in self.prompt_batches(samples, batch_size)
+            for answer in self.generate_from(inputs, decoding, on_text)
         ]
 
-    def generate(
-        self, samples: Sequence[Sample], *, max_new_tokens: int, batch_size: int = 16, use_cache: bool = True
-    ) -> list[str]:
-        """Greedy answers as text, without special tokens."""
-        answers = self.generate_ids(samples, max_new_tokens=max_new_tokens, batch_size=batch_size, use_cache=use_cache)
-        return self.decode(answers)
+    def generate(self, samples: Sequence[Sample], **options: Any) -> list[str]:
+        """Answers as text, without special tokens; options as `generate_ids`."""
+        return self.decode(self.generate_ids(samples, **options))
+
+    def prompt_batches(self, samples: Sequence[Sample], batch_size: int) -> Iterator[HostInputs]:
+        """The prompts, padded left as generation needs them, a few at a time."""
+        if batch_size < 1:
+            raise ConfigError(f"batch_size = {batch_size} must be at least 1.")
+        for start in range(0, len(samples), batch_size):
+            yield self.prepare(samples[start : start + batch_size], with_answer=False, padding_side="left")
 
     def decode(self, answers: Sequence[Integer[Tensor, " _position"]]) -> list[str]:
         """Token ids as text, without special tokens."""
@@ -313,8 +388,3 @@ class ModelAdapter:
         if self.processor is None:
             raise HostModelError(f"{self.name} takes images, for which ModelAdapter needs processor=.")
         return self.processor
-
-
-def _batched(samples: Sequence[Sample], size: int) -> Iterator[Sequence[Sample]]:
-    """Consecutive pieces of at most `size` samples."""
-    return (samples[start : start + size] for start in range(0, len(samples), size))
