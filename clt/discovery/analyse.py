@@ -148,7 +148,9 @@ def analyse(
         ConfigError: impossible numbers of features.
     """
     if options.score == "gradient" and effects is None:
-        raise DiscoveryError("score = 'gradient' needs the effects, which need host and transcoder. Use 'goodness' or 'z'.")
+        raise DiscoveryError(
+            "score = 'gradient' needs the effects, which need host and transcoder. Use 'goodness' or 'z'."
+        )
     everyone = np.ones(len(samples.responses), dtype=bool)
     chooses = samples.in_half("selection", options.seed) if options.halves else everyone
     reports = ~chooses if options.halves else everyone

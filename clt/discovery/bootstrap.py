@@ -16,7 +16,9 @@ N_RESAMPLES = 1000
 class PairedScores:
     """Counts of the answers before and after, image by image."""
 
-    def __init__(self, benchmark: Benchmark, images: Mapping[str, str], n_resamples: int = N_RESAMPLES, seed: int = 0) -> None:
+    def __init__(
+        self, benchmark: Benchmark, images: Mapping[str, str], n_resamples: int = N_RESAMPLES, seed: int = 0
+    ) -> None:
         """Draw the resamples once, so that every comparison uses the same ones.
 
         Args:

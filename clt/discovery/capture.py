@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -102,30 +103,34 @@ def _answer(
     texts = model.adapter.decode(answers)
     found = []
     for sample, answer, text, features in zip(batch, answers, texts, model.captured, strict=True):
+        n_prompt = int((~features.is_generated).sum())
+        # Rows that end early are filled up while the batch goes on; the last token of an answer is never read.
+        n_positions = n_prompt + len(answer) - 1
         response = Response(
             id=sample.id,
             response=text.strip(),
             image=image_key(sample),
             number=numbers[sample.id],
             answer_ids=tuple(answer.tolist()),
-            kinds=_kinds(features),
-            n_prompt=int((~features.is_generated).sum()),
+            kinds=_kinds(features, n_positions),
+            n_prompt=n_prompt,
         )
-        found.append((response, by_layer(features)))
+        found.append((response, by_layer(features, n_positions)))
     return found
 
 
-def _kinds(features: SampleFeatures) -> tuple[tuple[str, int], ...]:
+def _kinds(features: SampleFeatures, n_positions: int) -> tuple[tuple[str, int], ...]:
     """Runs of text, image and special tokens over the prompt, then the answer."""
     names = [TokenKind(kind).name.lower() for kind in features.kind.tolist()]
-    return runs_of("answer" if new else name for name, new in zip(names, features.is_generated.tolist()))
+    named = ("answer" if new else name for name, new in zip(names, features.is_generated.tolist()))
+    return runs_of(islice(named, n_positions))
 
 
-def by_layer(features: SampleFeatures) -> dict[int, LayerFeatures]:
-    """A sample's features, each layer's sorted by feature, then position."""
-    layer, position, feature, value = (
-        each.numpy() for each in (features.layer, features.position, features.feature, features.value.float())
-    )
+def by_layer(features: SampleFeatures, n_positions: int) -> dict[int, LayerFeatures]:
+    """A sample's features over its first positions, each layer's sorted by feature, then position."""
+    keep = (features.position < n_positions) & (features.value > 0)
+    columns = (features.layer, features.position, features.feature, features.value.float())
+    layer, position, feature, value = (each[keep].numpy() for each in columns)
     order = np.lexsort((position, feature, layer))
     bounds = np.searchsorted(layer[order], np.arange(features.n_layers + 1))
     return {
@@ -133,7 +138,7 @@ def by_layer(features: SampleFeatures) -> dict[int, LayerFeatures]:
             feature[here].astype(np.int64),
             position[here].astype(np.int64),
             value[here],
-            features.n_positions,
+            n_positions,
             features.n_features,
         )
         for number, here in ((n, order[bounds[n] : bounds[n + 1]]) for n in range(features.n_layers))

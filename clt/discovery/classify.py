@@ -91,7 +91,9 @@ def describe(classification: Classification) -> list[str]:
         if each.n < ADVISED:
             lines.append(f"only {each.n} {name} samples; the guide advises {ADVISED}, intervals will be wide")
     if abs(good.yes_share - bad.yes_share) > 0.2:
-        lines.append("the classes differ in how often the answer is yes; tests exchange labels only among equal answers")
+        lines.append(
+            "the classes differ in how often the answer is yes; tests exchange labels only among equal answers"
+        )
     return lines
 
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from torch import Tensor
 from clt.discovery.statistics import benjamini_hochberg
 from clt.errors import DiscoveryError
 from clt.lm import HostInputs
-from clt.replacement.steerable import Steerable
+from clt.replacement import ReplacementModel
 from clt.types import Sample
 
 PER_FEATURE = Float64[np.ndarray, "layer feature"]
@@ -48,6 +49,8 @@ class Example:
     sample: Sample
     answer: Integer[Tensor, " _position"]
     spans: tuple[Span, ...]
+    task: str
+    """Answers of one kind (descriptions, yes/no) are balanced among themselves and then weigh the same."""
 
 
 def spans_of(details: Mapping[str, Any], is_bad: bool, pieces: Sequence[str]) -> tuple[Span, ...]:
@@ -62,7 +65,7 @@ def spans_of(details: Mapping[str, Any], is_bad: bool, pieces: Sequence[str]) ->
         is_bad: the verdict on the whole answer.
         pieces: the answer's tokens as text.
     """
-    if not details.get("mentioned"):
+    if "mentioned" not in details:
         return (Span(0, len(pieces), is_bad),) if pieces else ()
     invented = set(details.get("invented", ()))
     ends = np.cumsum([len(piece) for piece in pieces])
@@ -110,12 +113,17 @@ def span_margins(
 
 @dataclass(frozen=True)
 class Effects:
-    """Mean effect of each feature on bad and on good spans, and whether they differ by more than chance."""
+    """Mean effect of each feature on bad and on good spans, and whether they differ by more than chance.
+
+    Where there are several tasks, each task's effects are divided by its largest difference and then averaged.
+    """
 
     bad: PER_FEATURE
     good: PER_FEATURE
+    z: PER_FEATURE
+    """Difference over its standard error, over answers."""
     p_value: PER_FEATURE
-    """Welch's test of bad against good over answers, normal approximation."""
+    """Of z, as if normal."""
     q_value: PER_FEATURE
     n_bad: int
     n_good: int
@@ -124,6 +132,22 @@ class Effects:
     def selective(self) -> PER_FEATURE:
         """Effect on bad spans less that on good ones: above 0 for features to turn down."""
         return self.bad - self.good
+
+    def save(self, path: Path) -> None:
+        """Keep what later phases choose by."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        counts = np.array([self.n_bad, self.n_good])
+        arrays = {"bad": self.bad, "good": self.good, "z": self.z, "p": self.p_value, "q": self.q_value}
+        with path.open("wb") as file:
+            np.savez_compressed(file, allow_pickle=False, counts=counts, **arrays)
+
+    @staticmethod
+    def load(path: Path) -> Effects:
+        """Read what `save` wrote."""
+        with np.load(path, allow_pickle=False) as kept:
+            bad, good, z, p, q = (kept[name] for name in ("bad", "good", "z", "p", "q"))
+            n_bad, n_good = kept["counts"].tolist()
+            return Effects(bad, good, z, p, q, n_bad, n_good)
 
     def at(self, place: tuple[int, int]) -> dict[str, Any]:
         """One feature's numbers for a file."""
@@ -145,49 +169,99 @@ class Gains:
 
 
 def forward(
-    model: Steerable, inputs: HostInputs, gains: Float[Tensor, "layer row feature"]
+    model: ReplacementModel, inputs: HostInputs, gains: Float[Tensor, "layer row feature"], keep_errors: bool
 ) -> Float[Tensor, "row position vocabulary"]:
-    """Logits of a prompt with its answer, differentiable by the gains."""
-    with model.active(inputs, interventions=Gains(gains)):
+    """Logits of prompts with their answers, differentiable by the gains."""
+    errors = model.errors(inputs) if keep_errors else None
+    with model.active(inputs, interventions=Gains(gains), errors=errors):
         return model.adapter.model(**inputs.tensors, use_cache=False).logits
 
 
 def feature_effects(
-    model: Steerable, examples: Sequence[Example], n_layers: int, n_features: int, batch_size: int = 16
+    model: ReplacementModel,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 16,
+    keep_errors: bool = False,
+    on_batch: Callable[[int], None] = lambda n: None,
 ) -> Effects:
     """Gradient x activation of all features over all spans.
+
+    Args:
+        keep_errors: add to each MLP output what the transcoder misses on these answers, so that the forward pass is
+            the host's.
+        on_batch: called with the number of answers done.
 
     Raises:
         DiscoveryError: there is no bad or no good span.
     """
-    sums = {label: _Moments(n_layers, n_features) for label in (True, False)}
+    tasks: dict[str, list[Example]] = {}
+    for each in examples:
+        tasks.setdefault(each.task, []).append(each)
+    if not tasks:
+        raise DiscoveryError("There are no answers to compute effects on.")
+    return _pooled([_task_effects(model, own, batch_size, keep_errors, on_batch) for own in tasks.values()])
+
+
+def _task_effects(
+    model: ReplacementModel,
+    examples: Sequence[Example],
+    batch_size: int,
+    keep_errors: bool,
+    on_batch: Callable[[int], None],
+) -> Effects:
+    config = model.transcoder.config
+    sums = {label: _Moments(config.num_layers, config.num_features) for label in (True, False)}
     for start in range(0, len(examples), batch_size):
         batch = examples[start : start + batch_size]
-        for label, per_row, counts in _row_effects(model, batch, n_layers, n_features):
+        for label, per_row, counts in _row_effects(model, batch, keep_errors):
             sums[label].add(per_row, counts)
+        on_batch(len(batch))
     bad, good = sums[True], sums[False]
     if not bad.n or not good.n:
         raise DiscoveryError(
-            f"{bad.n} answers have a bad span and {good.n} a good one; gradient scores compare the two. Use more "
-            "samples, or --score goodness."
+            f"Of {len(examples)} answers of one kind {bad.n} have a bad span and {good.n} a good one; gradient scores "
+            "compare the two. Use more samples, or --score goodness."
         )
     error = np.sqrt(bad.error_squared() + good.error_squared())
     difference = bad.mean() - good.mean()
     z = np.divide(difference, error, out=np.zeros_like(error), where=error > 0)
+    return Effects(bad.mean(), good.mean(), z, *_tested(z, error > 0), bad.n, good.n)
+
+
+def _pooled(parts: Sequence[Effects]) -> Effects:
+    if len(parts) == 1:
+        return parts[0]
+    scales = [np.abs(part.selective).max() or 1.0 for part in parts]
+    bad, good = (
+        np.mean([getattr(part, name) / scale for part, scale in zip(parts, scales)], axis=0) for name in ("bad", "good")
+    )
+    # Independent samples: z-values add up like Stouffer's.
+    z = np.sum([part.z for part in parts], axis=0) / np.sqrt(len(parts))
+    tested = np.any([part.p_value < 1 for part in parts], axis=0)
+    return Effects(
+        bad, good, z, *_tested(z, tested), sum(part.n_bad for part in parts), sum(part.n_good for part in parts)
+    )
+
+
+def _tested(z: PER_FEATURE, tested: Bool[np.ndarray, "layer feature"]) -> tuple[PER_FEATURE, PER_FEATURE]:
+    """Two-sided p of a normal z, and q over the tested features."""
     p = torch.erfc(torch.from_numpy(np.abs(z)) / math.sqrt(2)).numpy()
-    is_touched = error > 0
+    p[~tested] = 1
     q = np.ones_like(p)
-    q[is_touched] = benjamini_hochberg(p[is_touched])
-    return Effects(bad.mean(), good.mean(), p, q, bad.n, good.n)
+    q[tested] = benjamini_hochberg(p[tested])
+    return p, q
 
 
 def _row_effects(
-    model: Steerable, batch: Sequence[Example], n_layers: int, n_features: int
+    model: ReplacementModel, batch: Sequence[Example], keep_errors: bool
 ) -> list[tuple[bool, Tensor, Bool[Tensor, " row"]]]:
     """For bad and good spans: each row's mean effect `[layer, row, feature]`, and which rows have such spans."""
     inputs = model.adapter.prepare([each.sample for each in batch], answers=[each.answer for each in batch])
-    gains = torch.ones(n_layers, len(batch), n_features, device=model.adapter.device, requires_grad=True)
-    logits = forward(model, inputs, gains)
+    config = model.transcoder.config
+    shape = (config.num_layers, len(batch), config.num_features)
+    gains = torch.ones(shape, device=model.adapter.device, requires_grad=True)
+    logits = forward(model, inputs, gains, keep_errors)
     found = []
     for label in (True, False):
         own = [[span for span in each.spans if span.is_bad == label] for each in batch]

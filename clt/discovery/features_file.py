@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int64, UInt8
+from jaxtyping import Bool, Float, Float32, Int64, Integer, UInt8
 from torch import Tensor
 
 from clt.errors import DiscoveryError
@@ -38,8 +38,8 @@ _BITS = 7
 class LayerFeatures:
     """The active features of one layer over the positions of one sample, sorted by feature, then position."""
 
-    features: Int64[np.ndarray, " entry"]
-    positions: Int64[np.ndarray, " entry"]
+    features: Integer[np.ndarray, " entry"]
+    positions: Integer[np.ndarray, " entry"]
     values: Float32[np.ndarray, " entry"]
     n_positions: int
     n_features: int
@@ -47,7 +47,8 @@ class LayerFeatures:
     def dense(self) -> Float[Tensor, "position feature"]:
         """As a matrix."""
         matrix = torch.zeros(self.n_positions, self.n_features)
-        matrix[torch.from_numpy(self.positions), torch.from_numpy(self.features)] = torch.from_numpy(self.values)
+        at = (torch.from_numpy(each.astype(np.int64)) for each in (self.positions, self.features))
+        matrix[tuple(at)] = torch.from_numpy(self.values)
         return matrix
 
     @staticmethod
@@ -72,8 +73,11 @@ def save_features(path: Path, layers: Mapping[int, LayerFeatures], *, dense: boo
     temporary.replace(path)
 
 
-def load_features(path: Path) -> dict[int, LayerFeatures]:
+def load_features(path: Path, mask: Bool[np.ndarray, " position"] | None = None) -> dict[int, LayerFeatures]:
     """Read a file of either form, ours or the seeds'.
+
+    Args:
+        mask: leave out what is active at other positions; None: keep all.
 
     Raises:
         DiscoveryError: it is missing, cut off, or holds something else.
@@ -81,7 +85,9 @@ def load_features(path: Path) -> dict[int, LayerFeatures]:
     try:
         content = torch.load(path, weights_only=True)
     except FileNotFoundError:
-        raise DiscoveryError(f"{path} does not exist. Run `clt phase capture` again; it fills in what is missing.") from None
+        raise DiscoveryError(
+            f"{path} does not exist. Run `clt phase capture` again; it fills in what is missing."
+        ) from None
     except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         raise DiscoveryError(
             f"{path} cannot be read ({str(error).partition(chr(10))[0]}). It was probably cut off; delete it and run "
@@ -89,15 +95,18 @@ def load_features(path: Path) -> dict[int, LayerFeatures]:
         ) from error
     if not isinstance(content, dict) or not all(isinstance(layer, int) for layer in content):
         raise DiscoveryError(f"{path} must hold a dictionary from layer numbers to activations.")
-    return {layer: _layer(path, each) for layer, each in content.items()}
+    return {layer: _layer(path, each, mask) for layer, each in content.items()}
 
 
-def _layer(path: Path, content: Any) -> LayerFeatures:
+def _layer(path: Path, content: Any, mask: Bool[np.ndarray, " position"] | None) -> LayerFeatures:
     if isinstance(content, dict) and {"entries", "values", "shape", "largest"} <= set(content):
-        return _unpacked(content)
+        _check_length(path, int(content["shape"][0]), mask)
+        return _unpacked(content, mask)
     if isinstance(content, Tensor) and content.dim() in (2, 3):
         # The seeds keep the batch axis of one.
-        return LayerFeatures.from_dense(content.reshape(-1, content.shape[-1]))
+        matrix = content.reshape(-1, content.shape[-1])
+        _check_length(path, len(matrix), mask)
+        return LayerFeatures.from_dense(matrix if mask is None else matrix * torch.from_numpy(mask)[:, None])
     raise DiscoveryError(f"{path}: a layer must be a tensor [position, feature] or packed features.")
 
 
@@ -114,14 +123,28 @@ def _packed(layer: LayerFeatures) -> dict[str, Tensor]:
     }
 
 
-def _unpacked(content: Mapping[str, Tensor]) -> LayerFeatures:
+def _check_length(path: Path, n_positions: int, mask: Bool[np.ndarray, " position"] | None) -> None:
+    if mask is not None and n_positions != len(mask):
+        raise DiscoveryError(
+            f"{path} holds {n_positions} positions, but its line in model_responses.jsonl says {len(mask)}. The two "
+            "are of different runs; delete the file and run `clt phase capture` again."
+        )
+
+
+def _unpacked(content: Mapping[str, Tensor], mask: Bool[np.ndarray, " position"] | None) -> LayerFeatures:
     n_positions, n_features = content["shape"].tolist()
-    numbers = np.cumsum(_integers(content["entries"].numpy()))
-    features = numbers // n_positions
+    # Unsigned 32 bits where they suffice: numpy divides them several times faster.
+    width = np.uint32 if n_positions * n_features < 1 << 32 else np.uint64
+    numbers = np.cumsum(_integers(content["entries"].numpy(), width), dtype=width)
+    features = numbers // width(n_positions)
+    positions = numbers - features * width(n_positions)
     codes = content["values"].numpy()
+    if mask is not None:
+        keep = np.flatnonzero(mask[positions])
+        features, positions, codes = features[keep], positions[keep], codes[keep]
     octaves = (np.arange(256, dtype=np.float32) - 255) / STEPS_PER_OCTAVE
     values = (content["largest"].numpy() * np.exp2(octaves)).astype(np.float32)[codes]
-    return LayerFeatures(features, numbers - features * n_positions, values, n_positions, n_features)
+    return LayerFeatures(features, positions, values, n_positions, n_features)
 
 
 def _varints(numbers: Int64[np.ndarray, " entry"]) -> UInt8[np.ndarray, " byte"]:
@@ -138,17 +161,20 @@ def _varints(numbers: Int64[np.ndarray, " entry"]) -> UInt8[np.ndarray, " byte"]
     return out
 
 
-def _integers(data: UInt8[np.ndarray, " byte"]) -> Int64[np.ndarray, " entry"]:
+def _integers(data: UInt8[np.ndarray, " byte"], width: type[np.unsignedinteger]) -> Integer[np.ndarray, " entry"]:
     """What `_varints` wrote."""
     ends = np.flatnonzero(data < 128)
     if not len(ends):
-        return np.zeros(0, dtype=np.int64)
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    numbers = data[starts].astype(np.int64) & 127
+        return np.zeros(0, dtype=width)
+    starts = np.empty_like(ends)
+    starts[0], starts[1:] = 0, ends[:-1] + 1
+    low = (data & 127).astype(width)
+    numbers = low[starts]
     length = ends - starts
+    longer = np.flatnonzero(length)
     for place in range(1, int(length.max()) + 1):
-        longer = np.flatnonzero(length >= place)
-        numbers[longer] |= (data[starts[longer] + place].astype(np.int64) & 127) << (_BITS * place)
+        longer = longer[length[longer] >= place]
+        numbers[longer] |= low[starts[longer] + place] << width(_BITS * place)
     return numbers
 
 

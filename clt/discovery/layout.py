@@ -58,6 +58,11 @@ class Layout:
         return self.analysis("good_features")
 
     @property
+    def effects(self) -> Path:
+        """Gradient x activation of every feature (phase 4, if asked for)."""
+        return self.root / "analysis" / f"{self.dataset}_effects.npz"
+
+    @property
     def mapping(self) -> Path:
         """Features as neurons (phase 6)."""
         return self.analysis("clt_to_mlp_mapping")

@@ -54,7 +54,9 @@ class NeuronPatch:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise DiscoveryError(f"{path} does not exist. `clt phase steer` writes a patch when it steers neurons.") from None
+            raise DiscoveryError(
+                f"{path} does not exist. `clt phase steer` writes a patch when it steers neurons."
+            ) from None
         except json.JSONDecodeError as error:
             raise DiscoveryError(f"{path} is not JSON (line {error.lineno}: {error.msg}).") from None
         if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -105,7 +107,7 @@ def apply_patch(adapter: ModelAdapter, patch: NeuronPatch) -> int:
     if widths != patch.widths:
         raise DiscoveryError(
             f"The patch is for {patch.model} with neurons per layer {list(patch.widths)[:4]}..., this host has "
-            f"{list(widths)[:4]}... ({len(patch.widths)} and {len(widths)} layers). Apply it to the host it was made for."
+            f"{list(widths)[:4]}... ({len(patch.widths)} and {len(widths)} layers). Use the host it was made for."
         )
     matrices = down_matrices(adapter)
     for (layer, neuron), factor in patch.factors.items():

@@ -90,7 +90,9 @@ def read_captured(path: Path) -> list[Response]:
     seen: set[str] = set()
     for row in rows:
         if row.id in seen:
-            raise DiscoveryError(f"{path} holds the id {row.id!r} twice. Keep one of the lines and its activation file.")
+            raise DiscoveryError(
+                f"{path} holds the id {row.id!r} twice. Keep one of the lines and its activation file."
+            )
         seen.add(row.id)
     return rows
 

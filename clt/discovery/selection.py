@@ -1,4 +1,4 @@
-"""Choosing features: round-robin over layers, never greedy; and halves, so that nothing is chosen and judged on the same images."""
+"""Choosing features by turns over layers, never greedily; and halves: nothing is judged on the images it was chosen by."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def round_robin(
     numbers = range(n_layers) if layers is None else layers
     queues = [_ranked(row, can) for row, can in zip(scores, eligible)]
     longest = max((len(queue) for queue in queues), default=0)
-    rounds = ((place, queue[turn]) for turn in range(longest) for place, queue in enumerate(queues) if turn < len(queue))
+    rounds = (
+        (place, queue[turn]) for turn in range(longest) for place, queue in enumerate(queues) if turn < len(queue)
+    )
     chosen = [(place, feature) for _, (place, feature) in zip(range(target), rounds)]
     chosen.sort(key=lambda pair: -scores[pair])
     return [FeatureId(numbers[place], int(feature)) for place, feature in chosen]

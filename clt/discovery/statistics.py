@@ -124,7 +124,9 @@ def benjamini_hochberg(p_values: Float64[np.ndarray, " test"]) -> Float64[np.nda
     return q
 
 
-def make_strata(*columns: Sequence[Shaped[np.ndarray, " sample"]] | Shaped[np.ndarray, " sample"]) -> Int64[np.ndarray, " sample"]:
+def make_strata(
+    *columns: Sequence[Shaped[np.ndarray, " sample"]] | Shaped[np.ndarray, " sample"],
+) -> Int64[np.ndarray, " sample"]:
     """One number per combination of the columns' values."""
     if not columns:
         raise ValueError("make_strata needs a column; give one of zeros for a single stratum.")

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Float32, Float64, Int32, Int64
+from jaxtyping import Bool, Float32, Float64, Int32
 
 from clt.discovery.features_file import LayerFeatures, load_features
 from clt.errors import DiscoveryError
 
-Mask = Bool[np.ndarray, " position"]
+Mask = Bool[np.ndarray, " _position"]
 LayerSums = tuple[Int32[np.ndarray, " entry"], Float32[np.ndarray, " entry"]]
 """Features active in one layer of one sample, and their mean activation where active."""
 
@@ -27,7 +27,9 @@ class LayerTable:
     strength: Float32[np.ndarray, " entry"]
     """Mean activation over the counted positions at which the feature is active."""
 
-    def sums(self, weights: Float64[np.ndarray, " sample"], values: bool, n_features: int) -> Float64[np.ndarray, " feature"]:
+    def sums(
+        self, weights: Float64[np.ndarray, " sample"], values: bool, n_features: int
+    ) -> Float64[np.ndarray, " feature"]:
         """For each feature, the weights of the samples it is active in, summed; times its strength if `values`."""
         weight = weights[self.samples]
         if values:
@@ -91,30 +93,21 @@ def load_table(
 
 
 def _read(path: Path, mask: Mask) -> tuple[Path, tuple[dict[int, LayerSums], int]]:
-    layers = load_features(path)
+    layers = load_features(path, mask)
     widths = {each.n_features for each in layers.values()}
     if len(widths) != 1:
         raise DiscoveryError(f"{path} holds layers of {sorted(widths)} features. All must have the same number.")
-    for each in layers.values():
-        if each.n_positions != len(mask):
-            raise DiscoveryError(
-                f"{path} holds {each.n_positions} positions, but its line in model_responses.jsonl says {len(mask)}. "
-                "The two are of different runs; delete the file and run `clt phase capture` again."
-            )
-    return path, ({layer: strengths(each, mask) for layer, each in layers.items()}, widths.pop())
+    return path, ({layer: strengths(each) for layer, each in layers.items()}, widths.pop())
 
 
-def strengths(layer: LayerFeatures, mask: Mask) -> LayerSums:
-    """Which features are active at the mask's positions, and their mean activation where active."""
+def strengths(layer: LayerFeatures) -> LayerSums:
+    """Which features are active, and their mean activation where active."""
     if not len(layer.features):
         return np.zeros(0, np.int32), np.zeros(0, np.float32)
-    counted = mask[layer.positions]
-    features, values = layer.features[counted], layer.values[counted]
-    if not len(features):
-        return np.zeros(0, np.int32), np.zeros(0, np.float32)
+    features = layer.features.astype(np.int32)
     starts = np.flatnonzero(np.diff(features, prepend=-1))
     n_active = np.diff(starts, append=len(features))
-    return features[starts].astype(np.int32), (np.add.reduceat(values, starts) / n_active).astype(np.float32)
+    return features[starts], (np.add.reduceat(layer.values, starts) / n_active).astype(np.float32)
 
 
 class _Builder:
@@ -145,9 +138,3 @@ class _Builder:
             strength = np.concatenate([strength for _, (_, strength) in parts])
             layers[layer] = LayerTable(samples[order], features[order], strength[order])
         return FeatureTable(layers, n_samples, self._n_features)
-
-
-def class_counts(labels: Sequence[bool]) -> tuple[Int64[np.ndarray, " good"], Int64[np.ndarray, " bad"]]:
-    """Numbers of the GOOD and of the BAD samples."""
-    is_good = np.asarray(labels, dtype=bool)
-    return np.flatnonzero(is_good), np.flatnonzero(~is_good)

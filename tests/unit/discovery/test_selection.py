@@ -44,7 +44,9 @@ def test_too_few_for_every_layer_is_refused_with_the_numbers():
 
 
 def test_layers_keep_their_own_numbers():
-    assert round_robin(np.ones((1, 1)), np.ones((1, 1), dtype=bool), target=1, min_per_layer=1, layers=[8]) == [FeatureId(8, 0)]
+    assert round_robin(np.ones((1, 1)), np.ones((1, 1), dtype=bool), target=1, min_per_layer=1, layers=[8]) == [
+        FeatureId(8, 0)
+    ]
 
 
 def test_halves_are_about_equal_and_depend_on_the_image_alone():

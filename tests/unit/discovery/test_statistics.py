@@ -23,13 +23,17 @@ def table_of(x):
     layers = {}
     for layer in range(x.shape[1]):
         features, samples = np.nonzero(x[:, layer].T)
-        layers[layer] = LayerTable(samples.astype(np.int32), features.astype(np.int32), x[samples, layer, features].astype(np.float32))
+        layers[layer] = LayerTable(
+            samples.astype(np.int32), features.astype(np.int32), x[samples, layer, features].astype(np.float32)
+        )
     return FeatureTable(layers, x.shape[0], x.shape[2])
 
 
 def random_strengths(seed, n=40, layers=2, features=30, density=0.3):
     rng = np.random.default_rng(seed)
-    return ((rng.random((n, layers, features)) < density) * rng.lognormal(size=(n, layers, features))).astype(np.float32)
+    return ((rng.random((n, layers, features)) < density) * rng.lognormal(size=(n, layers, features))).astype(
+        np.float32
+    )
 
 
 @given(seed=st.integers(0, 50))
@@ -98,7 +102,9 @@ def test_without_a_difference_next_to_nothing_is_discovered():
     n_any = 0
     for seed in range(20):
         x, good = planted(seed, features=400, n_planted=0)
-        n_any += bool((permutation_test(table_of(x), good, np.zeros(200, dtype=np.int64), seed=seed).q_value < 0.1).any())
+        n_any += bool(
+            (permutation_test(table_of(x), good, np.zeros(200, dtype=np.int64), seed=seed).q_value < 0.1).any()
+        )
     # Under the null the chance of any discovery is the stated rate: 2 of 20 expected, 6 or more in 1 % of such tests.
     assert n_any <= 5
 
