@@ -1,4 +1,4 @@
-"""Choosing features by turns over layers, never greedily; and halves: nothing is judged on the images it was chosen by."""
+"""Choosing features by turns over layers, never greedily; and halves, to judge on other images than one chose by."""
 
 from __future__ import annotations
 

@@ -144,8 +144,8 @@ def _steering(layout: Layout) -> list[str]:
         report.heading("Steering"),
         report.paragraph(
             f"{content['n_samples']} answers about {content['n_images']} images that had no part in choosing. Dose d "
-            "scales harmful features by 1 - d and helpful ones by 1 + d; learned gains are fitted on the other half. Controls "
-            "are random features of the same layer, frequency and strength, treated in the same way."
+            "scales harmful features by 1 - d and helpful ones by 1 + d; learned gains are fitted on the other half. "
+            "Controls are random features of the same layer, frequency and strength, treated in the same way."
         ),
         report.table(("", *(name.replace("_", " ") for name in main)), [_steering_row(row, main) for row in rows]),
         report.figures(items),
