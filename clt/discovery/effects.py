@@ -99,7 +99,7 @@ def span_margins(
         logits: after each position, of prompts with answers, padded right.
         spans: of each row's answer.
     """
-    log_p = logits.float().log_softmax(dim=-1)
+    log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
     margins = []
     for row, own in enumerate(spans):
         places = inputs.answer[row].nonzero().squeeze(1)
