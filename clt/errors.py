@@ -5,6 +5,7 @@
     ├── HostModelError    a model that cannot be loaded, hooked, replaced or linearised
     ├── DatasetError      activations at rest: missing, cut off, of another model
     ├── CheckpointError   a transcoder or trainer state that cannot be read
+    ├── GraphError        an attribution graph that cannot be made, read or exported
     ├── TrainingError     a loss that is not a number, a store that runs dry
     ├── BenchmarkError    questions, answers or judgements that do not fit together
     ├── DiscoveryError    phases of feature discovery that lack their input or have too few samples
@@ -33,6 +34,10 @@ class DatasetError(CLTError):
 
 class CheckpointError(CLTError):
     """A saved transcoder or trainer state that cannot be read."""
+
+
+class GraphError(CLTError):
+    """An attribution graph that cannot be made, read or exported."""
 
 
 class TrainingError(CLTError):

@@ -69,6 +69,8 @@ def generate_ids(
         eos_token_id=list(eos_token_ids) or None,
         pad_token_id=ids.padding,
         use_cache=decoding.use_cache,
+        # A generated image placeholder would stand for an image that is not there.
+        suppress_tokens=None if ids.image is None else [ids.image],
     )
     extra: dict[str, Any] = {}
     if decoding.temperature > 0:
@@ -138,7 +140,7 @@ class _Draw(LogitsProcessor):
     def __init__(self, decoding: Decoding, sample_ids: Sequence[str]) -> None:
         self._temperature, self._top_p = decoding.temperature, decoding.top_p
         self._random = [
-            torch.Generator().manual_seed((decoding.seed << 32) + zlib.crc32(sample_id.encode()))
+            torch.Generator().manual_seed(zlib.crc32(f"{decoding.seed} {sample_id}".encode()))
             for sample_id in sample_ids
         ]
 
