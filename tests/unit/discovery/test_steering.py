@@ -1,4 +1,4 @@
-"""Effects are derivatives, controls are matched, patches are weights, intervals are paired, examples are the largest."""
+"""Effects are derivatives, controls are matched, patches are weights, intervals are paired, examples the largest."""
 
 import numpy as np
 import pytest
