@@ -38,7 +38,7 @@ def make_host() -> ModelAdapter:
         hidden_size=WIDTH, intermediate_size=172, num_hidden_layers=LAYERS, num_attention_heads=4, vocab_size=300,
         max_position_embeddings=1024, bos_token_id=0, eos_token_id=1, pad_token_id=2, initializer_range=0.2,
     )  # fmt: skip
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=3, vision_feature_layer=-1)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=3, vision_feature_layer=-1)
     processor = LlavaProcessor(
         LlavaImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}),
         tiny_tokenizer(),

@@ -28,7 +28,7 @@ COMMANDS = {
     },
     "Discovery": {
         "discover": "Benchmark to steering: all phases in a row, skipping what is up to date.",
-        "phase": "One phase: capture, evaluate, classify, analyze, visualize, map, steer.",
+        "phase": "One phase: capture, evaluate, classify, analyze, visualize, map, steer, attribute.",
         "apply-neurons": "Fold a neuron patch into a plain host and save it.",
     },
     "Transcoders": {

@@ -1,4 +1,4 @@
-"""One phase of feature discovery: capture, evaluate, classify, analyze, visualize, map, steer.
+"""One phase of feature discovery: capture, evaluate, classify, analyze, visualize, map, steer, attribute.
 
 clt phase capture --dataset pope --data coco_pope_random.json --images val2014 --model HOST --clt DIR
 clt phase evaluate --dataset pope
@@ -182,10 +182,30 @@ class Steer(Place):
         say("steer", [*describe(content), str(self.layout.steering)])
 
 
-Options = Capture | Evaluate | Classify | Analyze | Visualize | Map | Steer
+@dataclass(frozen=True, kw_only=True)
+class Attribute(Place):
+    """Phase 7: attribution graphs of answers, BAD ones first, explained where they go wrong."""
+
+    samples: int = 1
+    """How many answers."""
+    max_feature_nodes: int = 500
+    """Features that get rows of the graph."""
+    batch_size: int = 64
+    """Rows per backward pass."""
+
+    def run(self) -> None:
+        """Write one folder per answer."""
+        from clt.scripts.phase_graphs import attribute_answers
+
+        require_positive("attribute", samples=self.samples, max_feature_nodes=self.max_feature_nodes)
+        sizes = {"max_feature_nodes": self.max_feature_nodes, "batch_size": self.batch_size}
+        say("attribute", attribute_answers(self.session(), n=self.samples, **sizes))
 
 
-def main(options: Capture | Evaluate | Classify | Analyze | Visualize | Map | Steer) -> None:
+Options = Capture | Evaluate | Classify | Analyze | Visualize | Map | Steer | Attribute
+
+
+def main(options: Capture | Evaluate | Classify | Analyze | Visualize | Map | Steer | Attribute) -> None:
     """Run the phase."""
     options.run()
 
