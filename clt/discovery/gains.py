@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
+import tyro
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import softplus
@@ -29,11 +31,11 @@ from clt.types import FeatureId
 class GainOptions(Config):
     """How gains are learned."""
 
-    steps: int = 150
+    steps: Annotated[int, tyro.conf.arg(name="gain-steps")] = 150
     """Updates."""
-    batch_size: int = 64
+    batch_size: Annotated[int, tyro.conf.arg(name="gain-batch-size")] = 64
     """Answers of each task per update."""
-    learning_rate: float = 0.1
+    learning_rate: Annotated[float, tyro.conf.arg(name="gain-learning-rate")] = 0.1
     """Of Adam, on log gains; falls to a tenth along a cosine."""
     bad_weight: float = 0.6
     """What losing bad spans counts against keeping good ones; more removes more and costs more coverage."""
@@ -43,7 +45,7 @@ class GainOptions(Config):
     """Gains stay between 1 / largest and largest."""
     keep_errors: bool = True
     """Learn on the host's forward pass (transcoder errors kept) instead of the replacement's."""
-    seed: int = 0
+    seed: Annotated[int, tyro.conf.arg(name="gain-seed")] = 0
     """Of the batches."""
 
 
