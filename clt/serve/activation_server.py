@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, no_type_check
 
 import numpy as np
+import torch
 from fastapi import Body, FastAPI, File, Header, Query, Request, Response, UploadFile
 from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
@@ -65,7 +66,7 @@ def create_app(
     max_body_bytes: int = MAX_BODY_BYTES,
     quota_bytes: int | None = None,
 ) -> FastAPI:
-    """The application.
+    """The application; torch is set to one thread per request.
 
     Args:
         root: folder of the data sets.
@@ -73,6 +74,8 @@ def create_app(
         max_body_bytes: largest request.
         quota_bytes: how much the root may hold.
     """
+    # Requests run in threads of their own; more threads inside each would only wait for one another, spinning.
+    torch.set_num_threads(1)
     storage = DatasetStorage(Path(root), quota_bytes)
     app = FastAPI(title="crosslayer activation server", version=__version__)
     _add_errors(app)
