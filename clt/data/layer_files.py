@@ -69,6 +69,8 @@ class LayerFileWriter:
         """
         if batch.n_layers < 2:
             raise DatasetError("The host has one layer, so no following layer is there to predict.")
+        if self.samples == 0:
+            self._note()  # so that what a kill in the first batch leaves is known to be of this capture
         _, lengths = batch.sample.cpu().unique_consecutive(return_counts=True)
         starts = lengths.cumsum(0) - lengths
         for length in lengths.unique().tolist():
@@ -101,6 +103,7 @@ class LayerFileWriter:
 
     def _note(self) -> None:
         state = {"samples": self.samples, "n_files": self.n_files, "is_finished": self.is_finished}
+        self._folder.mkdir(parents=True, exist_ok=True)
         write_file(self._folder / CAPTURE_FILE, (json.dumps({"plan": self._plan, **state}, indent=2) + "\n").encode())
 
     def _write(self, batch: ActivationBatch, tokens: Integer[Tensor, "sample position"]) -> None:

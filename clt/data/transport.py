@@ -40,7 +40,7 @@ class DirectTransport(httpx.BaseTransport):
 
     def __init__(self) -> None:
         self._idle: deque[http.client.HTTPConnection] = deque()
-        self._pool = BufferPool(keep=8)
+        self._pool = BufferPool(keep=20)  # a store may have as many answers under way
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         """Ask over a connection that is open, or else over a new one."""

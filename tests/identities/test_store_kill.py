@@ -95,7 +95,7 @@ def arguments(folder, name, output_format, dtype):
         "model": HOST,
         "dataset": folder / "text.txt",
         "activation-dir": folder / name,
-        "chunk-token-threshold": 1000,
+        "chunk-token-threshold": 500,
         "context-size": 64,
         "inference-batch-size": 8,
         "output-format": output_format,
