@@ -6,6 +6,7 @@
     ├── DatasetError      activations at rest: missing, cut off, of another model
     ├── CheckpointError   a transcoder or trainer state that cannot be read
     ├── TrainingError     a loss that is not a number, a store that runs dry
+    ├── BenchmarkError    questions, answers or judgements that do not fit together
     └── WorldError        an embedded world that does not exist or lacks its weights
 
 The command line prints the message without a traceback (`--debug` shows it) and exits with 2.
@@ -35,6 +36,10 @@ class CheckpointError(CLTError):
 
 class TrainingError(CLTError):
     """Training that cannot go on."""
+
+
+class BenchmarkError(CLTError):
+    """Questions, answers or judgements of a benchmark that are missing, damaged or do not fit together."""
 
 
 class WorldError(CLTError):

@@ -87,14 +87,6 @@ def _world_samples(config: ActivationConfig, held_out: HeldOutChoice) -> Iterato
 
 def placed_image(sample: Sample, adapter: ModelAdapter) -> Sample:
     """A prompt for pictures must say where they are; most corpora leave that to the model's chat template."""
-    processor = adapter.processor
-    placeholder = getattr(processor, "image_token", None)
-    if not sample.images or processor is None or placeholder is None or placeholder in sample.prompt:
+    if not sample.images or not adapter.is_multimodal:
         return sample
-    if processor.chat_template:
-        content = [{"type": "image"} for _ in sample.images] + [{"type": "text", "text": sample.prompt}]
-        turns: list[Any] = [{"role": "user", "content": content}]
-        prompt = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    else:
-        prompt = f"{placeholder}\n" * len(sample.images) + sample.prompt
-    return Sample(id=sample.id, prompt=str(prompt), images=sample.images, answer=sample.answer, meta=sample.meta)
+    return adapter.asked(sample)

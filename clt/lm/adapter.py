@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Integer
+from jaxtyping import Bool, Integer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from clt.errors import HostModelError
 from clt.lm import hooks
-from clt.lm.generation import generate_greedily
-from clt.lm.hooks import Captured, Predict
-from clt.lm.inputs import HostInputs, PaddingSide, TokenIds, assemble, check_length, from_tokens
-from clt.lm.loading import load_host, sees_images
-from clt.lm.prompts import answer_tokens, extended, image_prompts, text_prompts
-from clt.lm.structure import find_templates, hookpoints_of, normalised_template, sites_of, text_config
-from clt.types import ActivationBatch, Hookpoint, Sample
+from clt.lm.hooks import Captured, Change, Predict, Receive, Site
+from clt.lm.host import Host
+from clt.lm.inputs import HostInputs
+from clt.lm.loading import load_host
+from clt.lm.structure import (
+    down_projection,
+    find_templates,
+    hookpoints_of,
+    normalised_template,
+    sites_of,
+    width_of,
+)
+from clt.types import ActivationBatch, Hookpoint
 
 
-class ModelAdapter:
+class ModelAdapter(Host):
     """Any Hugging Face language or vision-language model, with its MLPs found by structure.
 
     adapter = ModelAdapter.from_pretrained("gpt2")
@@ -43,6 +48,7 @@ class ModelAdapter:
         name: str | None = None,
         input_template: str | None = None,
         output_template: str | None = None,
+        pads_images: bool = False,
     ) -> None:
         """Wrap a loaded model.
 
@@ -52,14 +58,12 @@ class ModelAdapter:
             name: for metadata; the model's own if None.
             input_template: module path, with {} for the layer, of what is read; a bare module means its input.
             output_template: the same for the MLP output; a bare module means its output.
+            pads_images: whether images are padded to squares first, as the original LLaVA-1.5 does.
 
         Raises:
             HostModelError: a template was not given and the structure shows no MLPs, or a module does not exist.
         """
-        self.model = model
-        self.processor = processor
-        self.tokenizer = tokenizer if processor is None or tokenizer is not None else processor.tokenizer
-        self.name = name or model.name_or_path or type(model).__name__
+        super().__init__(model, tokenizer=tokenizer, processor=processor, name=name, pads_images=pads_images)
         if input_template is None or output_template is None:
             found_input, found_output = find_templates(model)
             input_template, output_template = input_template or found_input, output_template or found_output
@@ -68,7 +72,6 @@ class ModelAdapter:
         self.hookpoints: tuple[Hookpoint, ...] = hookpoints_of(model, self.input_template, self.output_template)
         self._pairs = sites_of(model, self.hookpoints)
         self._returns_tuple: dict[str, bool] = {}
-        self._takes_positions = not self.is_multimodal and "position_ids" in inspect.signature(model.forward).parameters
 
     @classmethod
     def from_pretrained(
@@ -80,6 +83,7 @@ class ModelAdapter:
         revision: str | None = None,
         input_template: str | None = None,
         output_template: str | None = None,
+        pads_images: bool = False,
         **model_options: Any,
     ) -> ModelAdapter:
         """Open a model from a folder or the Hub, with its tokenizer and, if it sees images, its processor.
@@ -106,103 +110,13 @@ class ModelAdapter:
             name=str(name_or_path),
             input_template=input_template,
             output_template=output_template,
+            pads_images=pads_images,
         )
-
-    # --- what the host is -------------------------------------------------------------------------------------
 
     @property
     def n_layers(self) -> int:
         """How many MLPs."""
         return len(self.hookpoints)
-
-    @property
-    def d_model(self) -> int:
-        """Width of the residual stream."""
-        return text_config(self.model).hidden_size
-
-    @property
-    def device(self) -> torch.device:
-        """Where the inputs go."""
-        return self.model.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the weights."""
-        return self.model.dtype
-
-    @property
-    def is_multimodal(self) -> bool:
-        """Whether the host takes images."""
-        return sees_images(self.model.config)
-
-    @property
-    def token_ids(self) -> TokenIds:
-        """Ids that mean something besides text."""
-        image = getattr(self.model.config, "image_token_id", None) if self.is_multimodal else None
-        config = text_config(self.model)
-        ids: list[Any] = [config.bos_token_id, config.pad_token_id, *self.eos_token_ids]
-        padding: list[Any] = [config.pad_token_id, *self.eos_token_ids, 0]
-        if self.tokenizer is not None:
-            ids += self.tokenizer.all_special_ids
-            padding.insert(0, self.tokenizer.pad_token_id)
-        special = sorted({token for token in ids if token is not None and token != image})
-        return TokenIds(image, tuple(special), next(token for token in padding if token is not None))
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """Ids that end a generated answer; chat models have several."""
-        generation = self.model.generation_config
-        eos: Any = None if generation is None else generation.eos_token_id
-        if eos is None and self.tokenizer is not None:
-            eos = self.tokenizer.eos_token_id
-        if eos is None:
-            return ()
-        return tuple(eos) if isinstance(eos, list) else (eos,)
-
-    # --- inputs -----------------------------------------------------------------------------------------------
-
-    def prepare(
-        self,
-        samples: Sequence[Sample],
-        *,
-        with_answer: bool = True,
-        answers: Sequence[Integer[Tensor, " _position"]] | None = None,
-        padding_side: PaddingSide = "right",
-    ) -> HostInputs:
-        """Tokenise prompts and answers, read the images, pad, and note what each position is.
-
-        Args:
-            with_answer: whether `Sample.answer` follows the prompt.
-            answers: token ids to follow the prompts instead, such as generated ones (no text in between).
-
-        Raises:
-            HostModelError: an image, a placeholder or a token is missing; the message names the sample.
-        """
-        tokenizer = self._require_tokenizer()
-        if not samples:
-            raise HostModelError("There are no samples to prepare.")
-        whole: dict[str, Tensor] = {}
-        if self.is_multimodal:
-            prompts, whole = image_prompts(self._require_processor(), samples, self.token_ids.image)
-        else:
-            prompts = text_prompts(tokenizer, samples)
-        if answers is None:
-            nothing = torch.zeros(0, dtype=torch.long)
-            answers = [answer_tokens(tokenizer, sample) if with_answer else nothing for sample in samples]
-        rows = [extended(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-        inputs = assemble(rows, [sample.id for sample in samples], whole, self.token_ids, padding_side)
-        check_length(inputs, self._longest)
-        return inputs.to(self.device)
-
-    def prepare_tokens(
-        self,
-        input_ids: Integer[Tensor, "row position"],
-        attention_mask: Integer[Tensor, "row position"] | Bool[Tensor, "row position"] | None = None,
-    ) -> HostInputs:
-        """Rows that are tokens already, such as packed text."""
-        inputs = from_tokens(input_ids, attention_mask, self.token_ids)
-        check_length(inputs, self._longest)
-        return inputs.to(self.device)
 
     # --- reading ----------------------------------------------------------------------------------------------
 
@@ -249,72 +163,46 @@ class ModelAdapter:
         Args:
             layers: which to replace; None: all.
         """
-        pairs = self._pairs if layers is None else [self._pairs[layer] for layer in layers]
-        return hooks.replacing(pairs, predict, self._returns_tuple)
+        return hooks.replacing(self._chosen(layers), predict, self._returns_tuple)
 
-    # --- running ----------------------------------------------------------------------------------------------
+    def rewriting(self, change: Change, layers: Sequence[int] | None = None) -> AbstractContextManager[None]:
+        """Let the host go on with `change(layer, what its MLP reads, what it writes)` instead of what it writes."""
+        return hooks.rewriting(self._chosen(layers), change)
 
-    @torch.no_grad()
-    def logits(self, inputs: HostInputs) -> Float[Tensor, "row position vocabulary"]:
-        """What the host predicts after each position."""
-        return self.model(**self._arguments(inputs)).logits
+    def reading(self, receive: Receive, layers: Sequence[int] | None = None) -> AbstractContextManager[None]:
+        """Show `receive(layer, what its MLP reads)` while the block runs, before the MLP itself runs."""
+        return hooks.reading(self._chosen(layers), receive)
 
-    def generate_ids(
-        self, samples: Sequence[Sample], *, max_new_tokens: int, batch_size: int = 16, use_cache: bool = True
-    ) -> list[Integer[Tensor, " _position"]]:
-        """Greedy answers as token ids on the CPU, up to and including the first end-of-answer token."""
-        batches = (
-            self.prepare(batch, with_answer=False, padding_side="left") for batch in _batched(samples, batch_size)
-        )
-        return [
-            answer
-            for inputs in batches
-            for answer in generate_greedily(
-                self.model, inputs, self.eos_token_ids, self.token_ids.padding, max_new_tokens, use_cache
-            )
-        ]
-
-    def generate(
-        self, samples: Sequence[Sample], *, max_new_tokens: int, batch_size: int = 16, use_cache: bool = True
-    ) -> list[str]:
-        """Greedy answers as text, without special tokens."""
-        answers = self.generate_ids(samples, max_new_tokens=max_new_tokens, batch_size=batch_size, use_cache=use_cache)
-        return self.decode(answers)
-
-    def decode(self, answers: Sequence[Integer[Tensor, " _position"]]) -> list[str]:
-        """Token ids as text, without special tokens."""
-        tokenizer = self._require_tokenizer()
-        return [str(tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers]
-
-    # --- private ----------------------------------------------------------------------------------------------
+    @cached_property
+    def _down(self) -> list[Site]:
+        return [down_projection(pair, self.d_model) for pair in self._pairs]
 
     @property
-    def _longest(self) -> int | None:
-        return getattr(text_config(self.model), "max_position_embeddings", None)
+    def neuron_counts(self) -> list[int]:
+        """How many neurons the MLP of each layer has.
 
-    def _arguments(self, inputs: HostInputs) -> dict[str, Any]:
-        """Keyword arguments of a forward pass without cache.
-
-        Text hosts get positions that do not count the padding. Vision-language hosts work theirs out (some in
-        three dimensions) and are all rotary, so that a common shift changes nothing.
+        Raises:
+            HostModelError: an MLP whose neurons cannot be told apart, such as a mixture of experts.
         """
-        positions = {"position_ids": inputs.position} if self._takes_positions else {}
-        return {**inputs.tensors, **positions, "use_cache": False}
+        return [width_of(site.module) for site in self._down]
 
-    def _require_tokenizer(self) -> PreTrainedTokenizerBase:
-        if self.tokenizer is None:
-            raise HostModelError(
-                f"{self.name} has no tokenizer, which samples need. Pass tokenizer= (or processor=) to ModelAdapter, "
-                "or give tokens with prepare_tokens."
-            )
-        return self.tokenizer
+    @contextmanager
+    def rewriting_neurons(self, change: Predict, layers: Sequence[int]) -> Iterator[None]:
+        """Let the host go on with `change(layer, activations of its MLP's neurons)`."""
+        with ExitStack() as undo:
+            for layer in layers:
+                undo.callback(self._down[layer].overwrite(partial(change, layer)).remove)
+            yield
 
-    def _require_processor(self) -> ProcessorMixin:
-        if self.processor is None:
-            raise HostModelError(f"{self.name} takes images, for which ModelAdapter needs processor=.")
-        return self.processor
+    def _chosen(self, layers: Sequence[int] | None) -> Sequence[hooks.SitePair]:
+        return self._pairs if layers is None else [self._pairs[layer] for layer in layers]
 
-
-def _batched(samples: Sequence[Sample], size: int) -> Iterator[Sequence[Sample]]:
-    """Consecutive pieces of at most `size` samples."""
-    return (samples[start : start + size] for start in range(0, len(samples), size))
+    @contextmanager
+    def before_each_pass(self, begin: Callable[[Tensor], None]) -> Iterator[None]:
+        """Call `begin` with the token ids, `[row, position]`, that each forward pass of the decoder starts on."""
+        # The one module that every host calls with its tokens, once per pass.
+        handle = self.model.get_input_embeddings().register_forward_pre_hook(lambda module, args: begin(args[0]))
+        try:
+            yield
+        finally:
+            handle.remove()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -14,6 +15,10 @@ from clt.errors import HostModelError
 
 Predict = Callable[[int, Tensor], Tensor]
 """(layer, what its MLP reads) -> what the MLP puts out instead, of the same shape."""
+Change = Callable[[int, Tensor, Tensor], Tensor]
+"""(layer, what its MLP reads, what it puts out) -> what it puts out instead, of the same shape."""
+Receive = Callable[[int, Tensor], None]
+"""(layer, what its MLP reads): looks and changes nothing."""
 
 
 class Site(NamedTuple):
@@ -174,17 +179,47 @@ def _swap_forward(pair: SitePair, predict: Predict, returns_tuple: dict[str, boo
 
 def _overwrite_output(pair: SitePair, predict: Predict) -> list[Callable[[], None]]:
     """Remember what the layer read, and overwrite the output when it comes."""
+    return _rewrite(pair, lambda layer, x, y: predict(layer, x).to(y.dtype).view_as(y))
+
+
+def _rewrite(pair: SitePair, change: Change) -> list[Callable[[], None]]:
     seen: list[Tensor] = []
 
-    def change(output: Tensor) -> Tensor:
+    def changed(output: Tensor) -> Tensor:
         if not seen:
             raise HostModelError(
                 f"{pair.output.path} ran before {pair.input.path}. Exchange the two templates, or name an input "
                 "that comes before the output."
             )
-        return predict(pair.layer, seen.pop()).to(output.dtype).view_as(output)
+        return change(pair.layer, seen.pop(), output)
 
-    return [pair.input.read(seen.append).remove, pair.output.overwrite(change).remove]
+    return [pair.input.read(seen.append).remove, pair.output.overwrite(changed).remove]
+
+
+@contextmanager
+def rewriting(pairs: Sequence[SitePair], change: Change) -> Iterator[None]:
+    """Pass what each layer reads and writes through `change` while the block runs."""
+    undo: list[Callable[[], None]] = []
+    try:
+        for pair in pairs:
+            undo.extend(_rewrite(pair, change))
+        yield
+    finally:
+        for restore in reversed(undo):
+            restore()
+
+
+@contextmanager
+def reading(pairs: Sequence[SitePair], receive: Receive) -> Iterator[None]:
+    """Show what each layer reads, while the block runs."""
+    handles: list[RemovableHandle] = []
+    try:
+        for pair in pairs:
+            handles.append(pair.input.read(functools.partial(receive, pair.layer)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _first(output: Any) -> Tensor:

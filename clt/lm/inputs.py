@@ -138,8 +138,8 @@ def positions(attention_mask: Integer[Tensor, "row position"]) -> Integer[Tensor
     return (attention_mask.cumsum(1) - 1).clamp_min(0) * attention_mask
 
 
-def check_length(inputs: HostInputs, longest: int | None) -> None:
-    """Refuse rows that are empty or longer than the host's positions reach."""
+def check_length(inputs: HostInputs, longest: int | None, n_new: int = 0) -> None:
+    """Refuse rows that are empty or, with `n_new` generated tokens, longer than the host's positions reach."""
     lengths = inputs.attention_mask.sum(1).tolist()
     for sample_id, length in zip(inputs.sample_ids, lengths):
         if length == 0:
@@ -147,9 +147,11 @@ def check_length(inputs: HostInputs, longest: int | None) -> None:
                 f"Sample {sample_id!r} has no tokens: its prompt is empty and the tokenizer adds no BOS. "
                 "Give it a prompt."
             )
-        if longest is not None and length > longest:
+        # The last generated token is never read.
+        if longest is not None and length + max(n_new - 1, 0) > longest:
+            more = f" and may grow by max_new_tokens = {n_new}" if n_new else ""
             raise HostModelError(
-                f"Sample {sample_id!r} has {length} positions, but the host takes at most {longest} "
+                f"Sample {sample_id!r} has {length} positions{more}, but the host takes at most {longest} "
                 "(max_position_embeddings). Shorten the prompt, the answer or the image's token count."
             )
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from clt.errors import HostModelError
+from clt.lm.forms import padded_to_square
 from clt.lm.inputs import Row
 from clt.types import Sample
 
@@ -32,10 +33,12 @@ def text_prompts(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample]) 
 
 
 def image_prompts(
-    processor: ProcessorMixin, samples: Sequence[Sample], image_token_id: int | None
+    processor: ProcessorMixin, samples: Sequence[Sample], image_token_id: int | None, pads_images: bool = False
 ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
     """Per-position tensors of each prompt with its images' placeholders expanded, and the pixels of all."""
     images: Any = [[open_image(image, sample) for image in sample.images] for sample in samples]
+    if pads_images:
+        images = [[padded_to_square(image, processor) for image in row] for row in images]
     try:
         prompts = [sample.prompt for sample in samples]
         options: dict[str, Any] = {"return_tensors": "pt", "padding": True}

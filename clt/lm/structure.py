@@ -6,6 +6,7 @@ import inspect
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from clt.errors import HostModelError
 from clt.lm.hooks import Site, SitePair
@@ -89,6 +90,35 @@ def _site(model: PreTrainedModel, path: str) -> Site:
             f"{type(model).__name__} has no module {module_path!r}.\n{_TEMPLATES_HELP}\n{module_tree(model)}"
         ) from None
     return Site(path, module, side == "input")
+
+
+def down_projection(pair: SitePair, d_model: int) -> Site:
+    """The input of the layer that leads from an MLP's neurons back to the residual stream.
+
+    It is the last linear layer of the module whose output is the MLP's, or that module itself.
+
+    Raises:
+        HostModelError: there is none, as in a mixture of experts whose matrices are stacked.
+    """
+    path = pair.output.path.rpartition(".")[0]
+    linear = [
+        (name, module)
+        for name, module in pair.output.module.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+        and (module.nf if isinstance(module, Conv1D) else module.out_features) == d_model
+    ]
+    if pair.output.is_input or not linear:
+        raise HostModelError(
+            f"{path} ({type(pair.output.module).__name__}) has no linear layer with {d_model} outputs, so its neurons "
+            "cannot be told apart. Act on features (of a transcoder) instead."
+        )
+    name, module = linear[-1]
+    return Site(".".join(part for part in (path, name, "input") if part), module, True)
+
+
+def width_of(module: nn.Module) -> int:
+    """How many inputs a linear layer has."""
+    return module.nx if isinstance(module, Conv1D) else int(module.in_features)  # pyright: ignore[reportArgumentType]
 
 
 _TEMPLATES_HELP = (

@@ -39,6 +39,10 @@ class BaseTranscoder(nn.Module, ABC):
     ) -> Float[Tensor, "layer token d_model"]:
         """All MLP outputs: the biases plus the contributions of all sources, plus the skip connections of `inputs`."""
 
+    def predicts(self, target: int) -> bool:
+        """Whether there is anything to put in place of the MLP output of `target`, be it only a bias."""
+        return 0 <= target < self.config.num_layers
+
     def skip(self, source: int, inputs: Float[Tensor, "token d_model"]) -> Float[Tensor, "target token d_model"]:
         """What one layer's input adds, past its features, to each MLP output of `config.skip_targets_of(source)`."""
         return inputs.new_zeros(0, *inputs.shape)

@@ -2,6 +2,22 @@
 
 from clt.replacement.bootstrap import Measure
 from clt.replacement.fidelity import FidelityReport, measure_fidelity
+from clt.replacement.host import SteeredHost, SteeredNeurons
+from clt.replacement.intervention import Intervene, Intervention, Interventions
 from clt.replacement.model import ReplacementModel
+from clt.replacement.recording import SampleFeatures
+from clt.replacement.statistics import feature_std
 
-__all__ = ["FidelityReport", "Measure", "ReplacementModel", "measure_fidelity"]
+__all__ = [
+    "FidelityReport",
+    "Intervene",
+    "Intervention",
+    "Interventions",
+    "Measure",
+    "ReplacementModel",
+    "SampleFeatures",
+    "SteeredHost",
+    "SteeredNeurons",
+    "feature_std",
+    "measure_fidelity",
+]

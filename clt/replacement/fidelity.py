@@ -141,7 +141,7 @@ def _ablated_logits(
     replacement: ReplacementModel, inputs: HostInputs, means: Float64[Tensor, "layer d_model"]
 ) -> Tensor:
     """The host with the same MLPs replaced by their means: what replacing without looking would give."""
-    with replacement.adapter.replacing(lambda layer, x: means[layer].to(x).expand_as(x), range(replacement.n_layers)):
+    with replacement.adapter.replacing(lambda layer, x: means[layer].to(x).expand_as(x), replacement.layers):
         return replacement.adapter.logits(inputs)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from clt.errors import HostModelError
 from clt.models import BaseTranscoder
+from clt.replacement.intervention import Edit
+from clt.replacement.passes import Passes
+from clt.replacement.recording import FeatureRecord
 
-Intervene = Callable[[int, Tensor], Tensor]
-"""(layer, its feature activations `[..., feature]`) -> what to go on with."""
-
-# Dense activations of more tokens than this at once are not worth their memory.
-TOKENS_AT_ONCE = 4096
+# Numbers held at once for features, or for what they write to all targets, of a piece of the tokens (128 MB in fp32).
+NUMBERS_AT_ONCE = 2**25
 
 
 class RunningPrediction:
@@ -29,65 +29,75 @@ class RunningPrediction:
     def __init__(
         self,
         transcoder: BaseTranscoder,
-        n_layers: int,
-        errors: Float[Tensor, "layer row position d_model"] | None,
-        intervene: Intervene | None,
+        targets: Sequence[int],
+        passes: Passes,
+        edit: Edit,
+        *,
+        errors: Float[Tensor, "layer row position d_model"] | None = None,
+        record: FeatureRecord | None = None,
     ) -> None:
-        """Start before the first position."""
-        self._transcoder = transcoder
-        self._n_layers = n_layers
-        self._errors = errors
-        self._intervene = intervene
+        """Start before the first position.
+
+        Args:
+            targets: the layers whose MLP outputs will be asked for.
+            errors: what to add to those outputs, in the order of `targets`.
+            record: keeps the features, as they are after the edit.
+        """
+        self._transcoder, self._targets, self._passes, self._edit = transcoder, list(targets), passes, edit
+        self._errors, self._record = errors, record
         self._sums: dict[int, Tensor] = {}
-        self._positions = slice(0, 0)
 
     def predict(self, layer: int, mlp_input: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row d_model"]:
-        """The MLP output of one layer; to be called for every layer of a pass, in order."""
-        if layer == 0:
-            self._start(mlp_input)
-        self._spend(layer, mlp_input)
+        """The MLP output of one layer; layers are to be called, or shown to `spend`, in order."""
+        self.spend(layer, mlp_input)
         bias = self._transcoder.bias(layer)
-        prediction = (
-            (self._sums.pop(layer) + bias) if layer in self._sums else bias.expand(mlp_input[..., 0].numel(), -1)
-        )
+        if layer in self._sums:
+            prediction = self._sums.pop(layer) + bias
+        else:
+            prediction = bias.expand(mlp_input[..., 0].numel(), -1)
         prediction = prediction.to(mlp_input.device).view(mlp_input.shape)
         return prediction if self._errors is None else prediction + self._error(layer, mlp_input)
 
-    def _start(self, mlp_input: Tensor) -> None:
-        """A new forward pass, over the next positions of the same rows."""
-        self._sums.clear()
-        if self._errors is not None:
-            n_rows, n_known = self._errors.shape[1:3]
-            end = self._positions.stop + mlp_input[..., 0].numel() // n_rows
-            if end > n_known:
-                raise HostModelError(
-                    f"The errors cover {n_known} positions, but the replacement model is at position {end}. Capture "
-                    "them on the whole text, prompt and answer."
-                )
-            self._positions = slice(self._positions.stop, end)
-
-    def _spend(self, source: int, mlp_input: Tensor) -> None:
-        """Add one layer's contributions to the sums of its targets."""
+    def spend(self, source: int, mlp_input: Float[Tensor, "*row d_model"]) -> None:
+        """Add what one layer's features write to the sums of its targets."""
+        if source == 0:
+            self._sums.clear()
         tokens = mlp_input.reshape(-1, mlp_input.shape[-1]).to(self._transcoder.bias(source).device)
-        if self._intervene is None:
-            pieces = [
-                self._transcoder.contributions(source, self._transcoder.encode_layer(source, piece))
-                for piece in tokens.split(TOKENS_AT_ONCE)
-            ]
-            parts = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
-        else:
-            features = self._transcoder.encode_layer(source, tokens)
-            shaped = features.view(*mlp_input.shape[:-1], -1)
-            parts = self._transcoder.contributions(source, self._intervene(source, shaped).reshape(features.shape))
-        for target, part in zip(self._transcoder.config.targets_of(source), parts):
+        parts = [self._contributions(source, tokens, piece) for piece in self._pieces(source, len(tokens))]
+        together = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        config = self._transcoder.config
+        for target, part in zip(config.targets_of(source), together):
             self._add(target, part)
-        for target, part in zip(self._transcoder.config.skip_targets_of(source), self._transcoder.skip(source, tokens)):
+        for target, part in zip(config.skip_targets_of(source), self._transcoder.skip(source, tokens)):
             self._add(target, part)
+
+    def _contributions(self, source: int, tokens: Tensor, piece: slice) -> Float[Tensor, "target token d_model"]:
+        """What the features of some tokens write to each target."""
+        features = self._transcoder.encode_layer(source, tokens[piece])
+        if self._edit.touches(source):
+            features = self._edit.apply(source, features, piece)
+        if self._record is not None:
+            self._record.add(source, features, piece, self._passes)
+        return self._transcoder.contributions(source, features)
+
+    def _pieces(self, source: int, n_tokens: int) -> Iterator[slice]:
+        """Stretches of tokens that fit `NUMBERS_AT_ONCE`; one, if a plain callable must see all."""
+        config = self._transcoder.config
+        width = max(config.num_features, config.d_model * len(config.targets_of(source)))
+        step = n_tokens if self._edit.needs_whole_layers else max(1, NUMBERS_AT_ONCE // width)
+        for start in range(0, max(n_tokens, 1), max(step, 1)):
+            yield slice(start, min(start + step, n_tokens))
 
     def _add(self, target: int, part: Tensor) -> None:
-        if target < self._n_layers:
+        if target in self._targets:
             self._sums[target] = self._sums[target] + part if target in self._sums else part
 
     def _error(self, layer: int, mlp_input: Tensor) -> Tensor:
         assert self._errors is not None
-        return self._errors[layer][:, self._positions].to(mlp_input).reshape(mlp_input.shape)
+        columns, n_known = self._passes.columns, self._errors.shape[2]
+        if columns.stop > n_known:
+            raise HostModelError(
+                f"The errors cover {n_known} positions, but the replacement model is at position {columns.stop}. "
+                "Capture them on the whole text, prompt and answer."
+            )
+        return self._errors[self._targets.index(layer)][:, columns].to(mlp_input).reshape(mlp_input.shape)

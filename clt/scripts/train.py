@@ -21,10 +21,10 @@ import tyro
 from clt.config import CLTConfig, TrainingConfig
 from clt.config.base import Config
 from clt.config.training_config import BOOKKEEPING
-from clt.data.stores import BaseActivationStore, LocalActivationStore, ManifestActivationStore
+from clt.data.stores import LocalActivationStore
 from clt.errors import ConfigError
 from clt.training.run_folder import RunFolder
-from clt.training.setup import open_store
+from clt.training.setup import open_store, origin_of
 from clt.training.trainer import CLTTrainer
 from clt.types import ActivationBatch
 
@@ -121,10 +121,11 @@ def open_trainer(options: Options) -> CLTTrainer:
         train, held_out = split_folders(training.activation_path, options.held_out)
         training = training.replace(activation_path=str(train))
     store = open_store(training, options.server_token)
+    named = {name: value for name, value in origin_of(store).items() if getattr(options.clt, name) is None}
     config = options.clt.replace(
         num_layers=store.n_layers,
         d_model=store.d_model,
-        model_name=options.clt.model_name or _host_of(store),
+        **named,
         expected_input_dtype=training.activation_dtype,
     )
     return CLTTrainer(
@@ -137,10 +138,6 @@ def open_trainer(options: Options) -> CLTTrainer:
         resume_step=options.resume_step,
         details={"held_out": None if held_out is None else str(held_out)},
     )
-
-
-def _host_of(store: BaseActivationStore) -> str | None:
-    return store.metadata.info.model_name if isinstance(store, ManifestActivationStore) else None
 
 
 def main(options: Options) -> None:

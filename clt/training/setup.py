@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from clt.config import CLTConfig, TrainingConfig
-from clt.data.stores import BaseActivationStore, LocalActivationStore, RemoteActivationStore
+from clt.data.stores import (
+    BaseActivationStore,
+    LocalActivationStore,
+    ManifestActivationStore,
+    RemoteActivationStore,
+)
 from clt.errors import ConfigError
 from clt.models import ActivationStatistics, CrossLayerTranscoder
 from clt.types import ActivationBatch
@@ -53,6 +60,27 @@ def open_store(config: TrainingConfig, server_token: str | None = None) -> BaseA
             "Point it at a folder that `clt generate` wrote, for example .../train."
         )
     return LocalActivationStore(config.activation_path, **shared)
+
+
+def origin_of(store: BaseActivationStore) -> dict[str, str]:
+    """Which host the activations are of and where in it they were taken, as fields of `CLTConfig`; what is known."""
+    if not isinstance(store, ManifestActivationStore):
+        return {}
+    info = store.metadata.info
+    templates = {
+        "mlp_input_template": _template([(point.layer, point.input_path) for point in info.hookpoints]),
+        "mlp_output_template": _template([(point.layer, point.output_path) for point in info.hookpoints]),
+    }
+    return {"model_name": info.model_name, **{name: path for name, path in templates.items() if path is not None}}
+
+
+def _template(paths: Sequence[tuple[int, str]]) -> str | None:
+    """The module path with {} for the layer; None if the paths do not follow one."""
+    for layer, path in paths[:1]:
+        template = re.sub(rf"(?<=\.){layer}(?=\.)", "{}", path, count=1)
+        if "{}" in template and all(template.format(each) == other for each, other in paths):
+            return template
+    return None
 
 
 def require_same_shape(config: CLTConfig, store: BaseActivationStore) -> None:

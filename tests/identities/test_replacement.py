@@ -133,9 +133,9 @@ def test_an_intervention_that_changes_nothing_changes_nothing(monkeypatch):
         shapes.add(features.shape)
         return features
 
-    torch.testing.assert_close(replacement.logits(inputs, intervene=look), expected, rtol=0, atol=0)
+    torch.testing.assert_close(replacement.logits(inputs, interventions=look), expected, rtol=0, atol=0)
     assert shapes == {(*inputs.input_ids.shape, 12)}
-    monkeypatch.setattr(running_module, "TOKENS_AT_ONCE", 7)
+    monkeypatch.setattr(running_module, "NUMBERS_AT_ONCE", 7 * 48)
     torch.testing.assert_close(replacement.logits(inputs), expected)
 
 
@@ -145,7 +145,7 @@ def test_ablating_every_feature_leaves_the_biases():
     bias = replacement.transcoder.biases
     with torch.no_grad(), replacement.adapter.replacing(lambda layer, x: bias[layer].expand_as(x)):
         expected = replacement.adapter.logits(inputs)
-    ablated = replacement.logits(inputs, intervene=lambda layer, features: torch.zeros_like(features))
+    ablated = replacement.logits(inputs, interventions=lambda layer, features: torch.zeros_like(features))
     torch.testing.assert_close(ablated, expected)
 
 
@@ -156,9 +156,9 @@ def test_interventions_in_generation_equal_teacher_forced_ones():
     def double(layer, features):
         return features * 2 if layer == 1 else features
 
-    answers = replacement.generate_ids(samples, max_new_tokens=5, intervene=double)
+    answers = replacement.generate_ids(samples, max_new_tokens=5, interventions=double)
     inputs = replacement.adapter.prepare(samples, answers=answers)
-    best = replacement.logits(inputs, intervene=double).argmax(-1)
+    best = replacement.logits(inputs, interventions=double).argmax(-1)
     for row, answer in enumerate(answers):
         first = int(inputs.answer[row].nonzero()[0])
         assert best[row, first - 1 : first - 1 + len(answer)].tolist() == answer.tolist()

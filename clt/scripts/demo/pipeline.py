@@ -25,6 +25,7 @@ from clt.scripts.demo.stages import Stages
 from clt.scripts.demo.story import summarise, write_report
 from clt.training.evaluator import evaluate
 from clt.training.run_folder import METRICS
+from clt.training.setup import origin_of
 from clt.training.trainer import CLTTrainer
 from clt.types import Sample
 
@@ -164,10 +165,10 @@ class Demo:
                 num_features=self.amounts.features_per_width * store.d_model,
                 num_layers=store.n_layers,
                 d_model=store.d_model,
-                model_name=store.metadata.info.model_name,
                 n_targets=WINDOWS[name],
                 activation_fn="topk",
                 topk_k=self.amounts.k,
+                **origin_of(store),
             )
             training = training_config(self.amounts)
             trainer = CLTTrainer(config, training, folder / "run", store=store, held_out=held_out.one_pass)

@@ -10,15 +10,17 @@ the paper's: the share of mentions that are hallucination targets.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from clt.benchmarks.yes_no import cell_or_unread, confusion_metrics, first_word
 from clt.errors import WorldError
 from clt.types import Sample
 from clt.worlds.shapes.scene import KINDS
 from clt.worlds.shapes.text import CATEGORIES
 
-WORD = re.compile(r"[a-z]+")
+_WORD = re.compile(r"[a-z]+")
 
 
 class QuestionCount(NamedTuple):
@@ -47,24 +49,16 @@ class DescriptionCount(NamedTuple):
     """Mentions that are in the list of hallucination targets."""
 
 
-def said_yes(response: str) -> bool | None:
-    """Whether the first word is yes or no; None when it is neither."""
-    words = WORD.findall(response.lower())
-    if not words or words[0] not in ("yes", "no"):
-        return None
-    return words[0] == "yes"
-
-
 def mentioned(response: str) -> list[str]:
     """The kinds a response names, in order, repetitions kept as AMBER keeps them."""
-    return [word for word in WORD.findall(response.lower()) if word in KINDS]
+    return [word for word in _WORD.findall(response.lower()) if word in KINDS]
 
 
 def count_questions(samples: Sequence[Sample], responses: Sequence[str]) -> list[QuestionCount]:
     """Each response beside the truth."""
     _check_lengths(samples, responses)
     return [
-        QuestionCount(sample.id, sample.meta["category"], sample.meta["label"] == "yes", said_yes(response))
+        QuestionCount(sample.id, sample.meta["category"], sample.meta["label"] == "yes", first_word(response))
         for sample, response in zip(samples, responses)
     ]
 
@@ -97,16 +91,11 @@ def pope_scores(counts: Sequence[QuestionCount]) -> dict[str, Any]:
 
 
 def _pope_scores(counts: Sequence[QuestionCount]) -> dict[str, float | int]:
-    yes = sum(count.said_yes is True for count in counts)
-    true_yes = sum(count.said_yes is True and count.is_yes for count in counts)
-    precision = percent(true_yes, yes)
-    recall = percent(true_yes, sum(count.is_yes for count in counts))
+    totals = Counter[str]()
+    for count in counts:
+        totals.update(cell_or_unread(count.said_yes, count.is_yes))
     return {
-        "accuracy": percent(sum(count.is_correct for count in counts), len(counts)),
-        "precision": precision,
-        "recall": recall,
-        "f1": 2 * precision * recall / (precision + recall) if precision + recall else 0.0,
-        "yes_ratio": percent(yes, len(counts)),
+        **{name: 100 * share for name, share in confusion_metrics(totals).items()},
         "unparsed": sum(count.said_yes is None for count in counts),
         "n": len(counts),
     }
@@ -125,7 +114,7 @@ def amber_scores(counts: Sequence[DescriptionCount]) -> dict[str, float | int]:
     }
 
 
-def percent(part: int, whole: int) -> float:
+def percent(part: float, whole: float) -> float:
     """A share in percent; 0 where there is nothing to share."""
     return 100.0 * part / whole if whole else 0.0
 

@@ -20,6 +20,7 @@ class Exact:
 
     def __init__(self, adapter, means=None):
         self.adapter, self.means, self.n_layers = adapter, means, adapter.n_layers
+        self.layers = range(adapter.n_layers)
 
     def logits(self, inputs):
         return self._run(lambda: self.adapter.logits(inputs))

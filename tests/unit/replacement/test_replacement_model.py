@@ -69,6 +69,6 @@ def test_the_host_is_itself_again_afterwards(adapter):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        replacement.logits(inputs, intervene=fail)
+        replacement.logits(inputs, interventions=fail)
     torch.testing.assert_close(adapter.logits(inputs), logits, rtol=0, atol=0)
     assert adapter.generate(samples, max_new_tokens=4) == text

@@ -2,10 +2,11 @@
 
 import pytest
 
+from clt.benchmarks.yes_no import first_word
 from clt.errors import WorldError
 from clt.types import Sample
 from clt.worlds import load
-from clt.worlds.shapes.score import mentioned, said_yes
+from clt.worlds.shapes.score import mentioned
 
 
 def question(category, label):
@@ -76,7 +77,7 @@ def test_counts_per_question_sum_to_the_scores():
     ],
 )
 def test_the_first_word_decides(response, expected):
-    assert said_yes(response) is expected
+    assert first_word(response) is expected
 
 
 def test_a_true_and_complete_description_hallucinates_nothing():
