@@ -88,7 +88,7 @@ class DirectTransport(httpx.BaseTransport):
         if answer.length is None:
             return torch.frombuffer(bytearray(answer.read()), dtype=torch.uint8)
         body = self._pool.empty((answer.length,), torch.uint8)
-        rest = memoryview(body.numpy())
+        rest = body.numpy().data
         while rest:
             n_bytes = answer.readinto(rest)
             if n_bytes == 0:

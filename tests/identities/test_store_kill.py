@@ -36,12 +36,17 @@ WORDS = (
 )
 FORMATS = [
     ("safetensors", "bfloat16"),
-    ("hdf5", "bfloat16"),
-    ("safetensors", "float16"),
-    ("safetensors", "float32"),
-    ("safetensors", "int8"),
     ("hdf5", "float16"),
-    ("hdf5", "float32"),
+    *(
+        pytest.param(*each, marks=pytest.mark.slow)
+        for each in (
+            ("safetensors", "float16"),
+            ("safetensors", "float32"),
+            ("safetensors", "int8"),
+            ("hdf5", "bfloat16"),
+            ("hdf5", "float32"),
+        )
+    ),
 ]
 
 pytestmark = pytest.mark.skipif(not HOST.is_dir(), reason=f"needs the model stories260K in {HOST}")
