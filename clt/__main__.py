@@ -31,6 +31,7 @@ COMMANDS = {
         "sweep": "Train several configurations on one pass over the data; draw EV over L0.",
         "evaluate": "Error, explained variance, L0 and dead features on held-out activations.",
         "convert": "Turn a TopK or BatchTopK transcoder into JumpReLU and report what changed.",
+        "finetune": "Train a transcoder further through the replacement model, on its logits.",
         "import": "Write another project's transcoder as ours: circuit-tracer, SAELens, EleutherAI, ...",
         "export": "Write a transcoder in another project's format.",
         "push": "Put a transcoder, with a model card, on the Hugging Face Hub.",
