@@ -36,12 +36,12 @@ COMMANDS = {
         "export": "Write a transcoder in another project's format.",
         "push": "Put a transcoder, with a model card, on the Hugging Face Hub.",
         "analyze-theta": "The thresholds of a transcoder in a few numbers per layer.",
-        "attribute": "Compute an attribution graph: what made the model say it.",
-        "faithfulness": "Hold attribution graphs to worlds with known circuits and to real effects.",
         "fidelity": "Put the transcoder in place of the MLPs and measure how faithful the host stays.",
         "steer": "Change features while the host answers: text and next tokens before and after.",
     },
     "Graphs": {
+        "attribute": "Compute an attribution graph: what made the model say it.",
+        "faithfulness": "Hold attribution graphs to worlds with known circuits and to real effects.",
         "explain": "Label features from their examples; graphs in the browser show the labels.",
     },
 }
