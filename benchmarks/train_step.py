@@ -145,8 +145,8 @@ class Workbench:
         decoder = sum(size.layers - s for s in range(size.layers)) * size.features * size.d_model
         return 2 * size.tokens * (2 * encoder + 3 * decoder)
 
-    def matmul_seconds(self) -> tuple[float, float]:
-        """Of the largest kind of product in the step, by the faster library; and its operations."""
+    def matmul_rates(self) -> tuple[float, float]:
+        """Operations per second and per CPU second of the largest kind of product, by the faster library."""
         size = self.size
         dtype = torch.bfloat16 if self.options.dtype == "bf16" else torch.float32
         width = min(size.layers * size.d_model, 4096)
@@ -156,7 +156,9 @@ class Workbench:
             ways.append(lambda: torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], ""))
             packed = b.T.contiguous()
             ways.append(lambda: torch.ops.mkldnn._linear_pointwise(a, packed, None, "none", [], ""))
-        return min(timed(way)[0] for way in ways for _ in range(2)), 2 * a.shape[0] * a.shape[1] * b.shape[1]
+        seconds = [timed(way) for way in ways for _ in range(2)]
+        operations = 2 * a.shape[0] * a.shape[1] * b.shape[1]
+        return operations / min(wall for wall, _ in seconds), operations / min(cpu for _, cpu in seconds)
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, float]:
@@ -184,15 +186,15 @@ def measure(options: Options) -> dict[str, Any]:
         trainers["plain"] = lambda at: plain.step(batches[at], at)
     losses = dict.fromkeys(trainers, 0.0)
     best = dict.fromkeys(trainers, (float("inf"), float("inf")))
-    peak, at = 0.0, 0
+    peak, peak_cpu, at = 0.0, 0.0, 0
     for turn in range(-1, options.repeats):
         count = options.warm_up if turn < 0 else steps
         for name, step in trainers.items():
             wall, cpu, losses[name] = timed_steps(step, range(at, at + count))
             if turn >= 0:
                 best[name] = min(best[name][0], wall / count), min(best[name][1], cpu / count)
-        seconds, operations = bench.matmul_seconds()
-        peak = max(peak, operations / seconds)
+        rates = bench.matmul_rates()
+        peak, peak_cpu = max(peak, rates[0]), max(peak_cpu, rates[1])
         at += count
     wall, cpu = best["ours"]
     result = {
@@ -206,6 +208,7 @@ def measure(options: Options) -> dict[str, Any]:
         "tokens_per_cpu_second": bench.size.tokens / cpu,
         "matmul_peak_gflops": peak / 1e9,
         "dense_equivalent_of_peak": bench.dense_flops() / wall / peak,
+        "dense_equivalent_of_peak_cpu": bench.dense_flops() / cpu / peak_cpu,
         "steps": at,
         "loss": losses["ours"],
         "route_at_the_end": "plain" if bench.engine.routes is None else bench.engine.routes.route,
