@@ -151,6 +151,15 @@ def test_compiled_kernels_in_fp32_and_their_torch_form_agree_with_autograd(monke
         build.library.cache_clear()
 
 
+def test_a_loss_over_many_tokens_keeps_its_digits_in_fp32():
+    losses = []
+    for dtype in (torch.float32, torch.float64):
+        model = model_of("relu", width=50, dtype=dtype)
+        batch = batch_of(model, tokens=8000)
+        losses.append(engine_of(model, "dense").step(batch, 0, torch.zeros(3, 9, dtype=torch.bool)).losses)
+    torch.testing.assert_close(losses[0].reconstruction.double(), losses[1].reconstruction, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("route", ["dense", "sparse"])
 @pytest.mark.parametrize("kind", ["jumprelu", "topk"])
 def test_the_number_of_threads_changes_no_sum_of_the_kernels(kind, route):
