@@ -62,7 +62,7 @@ def open_store(config: TrainingConfig, server_token: str | None = None) -> BaseA
     return LocalActivationStore(config.activation_path, **shared)
 
 
-def origin_of(store: BaseActivationStore) -> dict[str, str]:
+def origin_of(store: BaseActivationStore) -> dict[str, Any]:
     """Which host the activations are of and where in it they were taken, as fields of `CLTConfig`; what is known."""
     if not isinstance(store, ManifestActivationStore):
         return {}
