@@ -6,6 +6,7 @@ Only the chosen command's module is imported, so `clt --help` needs no torch. A 
 
 import difflib
 import importlib
+import keyword
 import os
 import sys
 
@@ -30,6 +31,9 @@ COMMANDS = {
         "sweep": "Train several configurations on one pass over the data; draw EV over L0.",
         "evaluate": "Error, explained variance, L0 and dead features on held-out activations.",
         "convert": "Turn a TopK or BatchTopK transcoder into JumpReLU and report what changed.",
+        "import": "Write another project's transcoder as ours: circuit-tracer, SAELens, EleutherAI, ...",
+        "export": "Write a transcoder in another project's format.",
+        "push": "Put a transcoder, with a model card, on the Hugging Face Hub.",
         "analyze-theta": "The thresholds of a transcoder in a few numbers per layer.",
         "fidelity": "Put the transcoder in place of the MLPs and measure how faithful the host stays.",
         "steer": "Change features while the host answers: text and next tokens before and after.",
@@ -80,6 +84,11 @@ def take_preset(name: str, arguments: list[str]) -> str | None:
     return None
 
 
+def module_name(command: str) -> str:
+    """The module of a command in clt/scripts; `import` cannot be one's name as it is."""
+    return command.replace("-", "_") + "_" * keyword.iskeyword(command)
+
+
 def run(name: str, arguments: list[str]) -> None:
     """Parse the arguments into the command's Options and call its main."""
     import tyro
@@ -89,7 +98,7 @@ def run(name: str, arguments: list[str]) -> None:
         module = importlib.import_module(f"clt.scripts.{preset}")
         module.main(module.parse(arguments))
         return
-    module = importlib.import_module(f"clt.scripts.{name.replace('-', '_')}")
+    module = importlib.import_module(f"clt.scripts.{module_name(name)}")
     module.main(tyro.cli(module.Options, prog=f"clt {name}", description=module.__doc__, args=arguments))
 
 

@@ -71,6 +71,8 @@ class CLTConfig(Config):
     """Whether batchtopk chooses within each layer or over all layers together."""
     ranking: Literal["norm", "value"] = "norm"
     """What topk and batchtopk rank by: activation times decoder norm, or the activation alone."""
+    input_norm: Literal["none", "layer"] = "none"
+    """Norm of each token before the encoder: none, or a layer norm without learned scale (vlm-clt-training's)."""
     normalization_method: NormalizationMethod = "rms"
     """Standardisation inside the transcoder: one scale per layer, mean and std per dimension, sqrt(d), or none."""
     clt_dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -223,5 +225,6 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "topk_mode": get_args(ScopeMode),
     "batchtopk_mode": get_args(ScopeMode),
     "ranking": ("norm", "value"),
+    "input_norm": ("none", "layer"),
     "normalization_method": ("rms", "mean_std", "sqrt_d_model", "none"),
 }

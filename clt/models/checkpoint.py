@@ -71,7 +71,12 @@ def save_transcoder(transcoder: CrossLayerTranscoder, folder: Path) -> None:
 def load_transcoder(
     cls: type[CrossLayerTranscoder], folder: Path, device: torch.device | str | None
 ) -> CrossLayerTranscoder:
-    """Read what `save_transcoder` wrote, checking every name and shape."""
+    """Read what `save_transcoder` wrote, checking every name and shape; or what another project wrote."""
+    if not (folder / WEIGHTS).exists() and folder.is_dir():
+        from clt.models.formats import build, detect, read
+
+        if detect(folder) is not None:
+            return build(read(folder), device)
     try:
         config = CLTConfig.from_json(folder / CONFIG)
     except ConfigError as error:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm
 
 from clt.config import CLTConfig
 from clt.errors import ConfigError
@@ -126,7 +127,10 @@ class CrossLayerTranscoder(BaseTranscoder):
 
     def standardise_inputs(self, layer: int, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
         """From the host's units to the transcoder's."""
-        return (x.to(self.input_scale.dtype) - self.input_shift[layer]) * self.input_scale[layer]
+        x = x.to(self.input_scale.dtype)
+        if self.config.input_norm == "layer":
+            x = layer_norm(x, x.shape[-1:])
+        return (x - self.input_shift[layer]) * self.input_scale[layer]
 
     def standardise_targets(self, y: Float[Tensor, "token layer d_model"]) -> Float[Tensor, "token layer d_model"]:
         """From the host's units to the transcoder's."""
@@ -242,6 +246,12 @@ class CrossLayerTranscoder(BaseTranscoder):
         mixed = torch.lerp(cut.to(self.running_threshold), self.running_threshold, _THRESHOLD_MEMORY)
         self.running_threshold.copy_(torch.where(first, cut.to(mixed), mixed))
 
+    def predicts(self, target: int) -> bool:
+        """Not where no source writes and no bias was learned: that MLP is better left alone."""
+        if not super().predicts(target):
+            return False
+        return bool(self.config.sources_of(target)) or bool((self.bias(target) != 0).any())
+
     # --- inference, in the host's units -----------------------------------------------------------------------
 
     def encode_layer(self, layer: int, inputs: Float[Tensor, "token d_model"]) -> Float[Tensor, "token feature"]:
@@ -343,12 +353,34 @@ class CrossLayerTranscoder(BaseTranscoder):
         save_transcoder(self, Path(folder))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: torch.device | str | None = None) -> CrossLayerTranscoder:
-        """Read what `save_pretrained` wrote.
+    def from_pretrained(
+        cls, path_or_repo: str | Path, device: torch.device | str | None = None, *, revision: str | None = None
+    ) -> CrossLayerTranscoder:
+        """Read what `save_pretrained` wrote, or a transcoder of another project (clt/models/formats).
+
+        Args:
+            path_or_repo: a folder, or OWNER/NAME on the Hub.
+            revision: commit, branch or tag on the Hub; None: main.
 
         Raises:
-            CheckpointError: a file is missing, cut off, or does not fit `cfg.json`.
+            CheckpointError: a file is missing, cut off, or does not fit its configuration.
+            ConfigError: another project's transcoder uses an option that has no counterpart here.
         """
         from clt.models.checkpoint import load_transcoder
+        from clt.models.hub import local_folder
 
-        return load_transcoder(cls, Path(folder), device)
+        return load_transcoder(cls, local_folder(path_or_repo, revision), device)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+        """Upload with a generated card; returns the address. To keep figures beside it, use `clt push` on a run folder.
+
+        Raises:
+            CheckpointError: the Hub refuses or cannot be reached.
+        """
+        from tempfile import TemporaryDirectory
+
+        from clt.models.hub import push_folder
+
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return push_folder(Path(folder), repo_id, private=private, token=token)

@@ -51,9 +51,9 @@ def fold(transcoder: CrossLayerTranscoder) -> CrossLayerTranscoder:
     changes) moves into the encoder; activations are then in units of their effect and ranked as they are.
     """
     config = transcoder.config
-    if config.normalization_method == "none":
-        return copy.deepcopy(transcoder)
     by_norm = config.activation_fn in ("topk", "batchtopk") and config.ranking == "norm"
+    if config.normalization_method == "none" and not by_norm:
+        return copy.deepcopy(transcoder)
     source = untie(transcoder)
     plain = source.config.replace(normalization_method="none", ranking="value" if by_norm else config.ranking)
     folded = _new(source, plain)

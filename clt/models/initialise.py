@@ -32,6 +32,8 @@ def initialise(model: CrossLayerTranscoder, seed: int) -> None:
 
 def _uniform(weight: Tensor, bound: float, seed: int, stream: int, block: int = 256) -> None:
     """Fill with U(±bound), each block of features from its own seed, so that shards of a dictionary agree."""
+    if weight.is_meta:  # only its shape is wanted
+        return
     for start in range(0, len(weight), block):
         part = weight[start : start + block]
         generator = torch.Generator().manual_seed(((seed * _PRIME + stream) * _PRIME + start) % 2**63)

@@ -10,7 +10,7 @@ from clt.config import CLTConfig
 from clt.errors import CheckpointError, ConfigError, HostModelError
 from clt.lm import ModelAdapter
 from clt.models import BaseTranscoder
-from clt.replacement.layer_stack import LayerStack, is_layer_folder
+from clt.models.formats import build, kokosdev
 from clt.training.loading import load_model
 
 
@@ -51,10 +51,10 @@ def open_pair(
     folder = Path(transcoder)
     if not folder.exists():
         raise CheckpointError(f"{folder} does not exist. Give the folder of a trained transcoder.")
-    if is_layer_folder(folder):
+    if folder.is_dir() and kokosdev.detect(folder):
         # vlm-clt-training's files know neither how many layers the host has nor where they were read.
         adapter = open_host(model, None, options)
-        return adapter, LayerStack.from_folder(folder, adapter.n_layers)
+        return adapter, build(kokosdev.read(folder, host_layers=adapter.n_layers))
     loaded = load_model(folder)
     return open_host(model, loaded.config, options), loaded
 

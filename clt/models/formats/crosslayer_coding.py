@@ -20,9 +20,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,18 +29,40 @@ from torch import Tensor
 from clt.config import CLTConfig
 from clt.errors import CheckpointError
 from clt.models.clt import CrossLayerTranscoder
-from clt.models.standardise import ActivationStatistics
+from clt.models.formats.files import TensorFile
+from clt.models.formats.portable import Named, Portable, build
+from clt.models.standardise import ActivationStatistics, fit_scaling
 
+NAME = "crosslayer-coding"
 _PREFIX = re.compile(r"^(_orig_mod\.|encoder_module\.|decoder_module\.|theta_manager\.)+")
-_KEY = re.compile(
-    r"(?P<kind>encoders|decoders|skip_weights|feature_offset|feature_scale)\.(?P<first>\d+)(->(?P<second>\d+))?"
-    r"(\.(?P<part>weight|bias_param))?"
-)
+_FILES = ("model.safetensors", "clt.pt", "clt_checkpoint_latest.safetensors", "final/clt.pt")
 
 
-def is_crosslayer_coding(names: Mapping[str, Any]) -> bool:
+def is_crosslayer_coding(names: Iterable[str]) -> bool:
     """Whether tensors have crosslayer-coding's names."""
     return any(_short(name).startswith(("encoders.", "decoders.")) for name in names)
+
+
+def detect(folder: Path) -> bool:
+    """Whether a folder is one of its runs."""
+    file = _file(folder)
+    return file is not None and is_crosslayer_coding(TensorFile(file).names)
+
+
+def read(folder: Path, *, norm_stats: Path | None = None) -> Portable:
+    """The transcoder of a run folder.
+
+    Args:
+        norm_stats: statistics of its training data; None: `norm_stats.json` in the folder, if there.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown or of another shape, or the statistics are missing.
+    """
+    file = _file(folder)
+    assert file is not None
+    beside = folder / "norm_stats.json"
+    config = CLTConfig.from_json(file.parent / "cfg.json")
+    return portable(TensorFile(file), config, norm_stats or (beside if beside.exists() else None))
 
 
 def read_crosslayer_coding(
@@ -61,6 +82,11 @@ def read_crosslayer_coding(
     Raises:
         CheckpointError: a tensor is missing, unknown or of another shape, or the statistics are missing.
     """
+    return build(portable(TensorFile.of(tensors, "The state dict"), config, norm_stats), device)
+
+
+def portable(weights: TensorFile, config: CLTConfig, norm_stats: Path | None) -> Portable:
+    """The same, one tensor at a time."""
     config = config.replace(ranking="value", post_encoder="target")
     if config.normalization_method == "mean_std" and norm_stats is None:
         raise CheckpointError(
@@ -69,14 +95,9 @@ def read_crosslayer_coding(
             "norm_stats.json of its activation dataset (`clt convert --norm-stats`); without it, all "
             "outputs would be wrong."
         )
-    model = CrossLayerTranscoder(config, device=device)
-    with torch.no_grad():
-        if norm_stats is not None:
-            model.fit_standardisation(read_norm_stats(norm_stats, config))
-        elif config.normalization_method == "sqrt_d_model":
-            model.fit_standardisation(ActivationStatistics(*torch.ones(4, config.num_layers, config.d_model)))
-        _Filling(model, tensors).fill()
-    return model
+    reader = _Reader(weights, config)
+    statistics = None if norm_stats is None else read_norm_stats(norm_stats, config)
+    return Portable(NAME, config, lambda: reader.tensors(statistics))
 
 
 def read_norm_stats(path: Path, config: CLTConfig) -> ActivationStatistics:
@@ -100,79 +121,97 @@ def read_norm_stats(path: Path, config: CLTConfig) -> ActivationStatistics:
     return ActivationStatistics(*parts)
 
 
-class _Filling:
-    """Puts tensors where they belong and keeps book of what has been filled."""
+class _Reader:
+    """Its tensors under our names."""
 
-    def __init__(self, model: CrossLayerTranscoder, tensors: Mapping[str, Tensor]) -> None:
-        self._model, self._config = model, model.config
-        self._tensors = {_short(name): value for name, value in tensors.items()}
-        self._missing = self._expected()
+    def __init__(self, weights: TensorFile, config: CLTConfig) -> None:
+        self._weights, self._config = weights, config
+        self._stored = {_short(name): name for name in weights.names}
+        self._check_names()
 
-    def fill(self) -> None:
-        """Fill every parameter of the model.
+    def tensors(self, statistics: ActivationStatistics | None) -> Named:
+        """One layer after the other."""
+        config = self._config
+        for layer in range(config.num_layers):
+            yield f"W_enc.{layer}", self._read(f"encoders.{layer}.weight", config.num_features, config.d_model)
+            yield f"b_enc.{layer}", self._read(f"encoders.{layer}.bias_param", config.num_features)
+            yield f"W_dec.{layer}", self._decoder(layer)
+            for part in ("offset", "scale"):
+                if getattr(config, f"enable_feature_{part}"):
+                    yield f"feature_{part}.{layer}", self._read(f"feature_{part}.{layer}", config.num_features)
+            if config.skip_connection != "none":
+                yield f"W_skip.{layer}", self._skip(layer)
+        if config.activation_fn == "jumprelu":
+            logs = self._read("log_threshold", None, None).expand(config.num_layers, -1)
+            yield from ((f"log_threshold.{layer}", log) for layer, log in enumerate(logs))
+        yield "b_dec", self._bias()
+        yield from self._scaling(statistics)
 
-        Raises:
-            CheckpointError: a tensor is missing, unknown or of another shape.
-        """
-        self._model.b_dec.zero_()
-        for name, value in self._tensors.items():
-            for place, part in self._places(name, value):
-                if place.shape != part.shape:
-                    raise CheckpointError(
-                        f"{name} has the shape {tuple(value.shape)}; cfg.json asks for {tuple(place.shape)} (as stored "
-                        "here). The two files are probably of different runs."
-                    )
-                place.add_(part) if name.endswith("bias_param") else place.copy_(part)
-            self._missing.discard(name)
-        if self._missing:
+    def _decoder(self, source: int) -> Tensor:
+        shape = (self._config.d_model, self._config.num_features)
+        if self._config.decoder_tying != "none":
+            return self._read(f"decoders.{source}.weight", *shape).T
+        pairs = [self._read(f"decoders.{source}->{t}.weight", *shape).T for t in self._config.targets_of(source)]
+        return torch.stack(pairs, 1)
+
+    def _skip(self, source: int) -> Tensor:
+        names = [f"{source}->{t}" for t in self._config.targets_of(source)] if self._untied else [str(source)]
+        width = self._config.d_model
+        return torch.stack([self._read(f"skip_weights.{name}", width, width).T for name in names])
+
+    def _bias(self) -> Tensor:
+        """One bias per target: theirs come once per decoder."""
+        config, bias = self._config, torch.zeros(self._config.num_layers, self._config.d_model)
+        for source in range(config.num_layers):
+            for target in config.targets_of(source) if config.decoder_tying != "per_target" else [source]:
+                name = f"{source}->{target}" if self._untied else str(source)
+                bias[target] += self._read(f"decoders.{name}.bias_param", config.d_model)
+        return bias
+
+    def _scaling(self, statistics: ActivationStatistics | None) -> Named:
+        config = self._config
+        if statistics is None:
+            if config.normalization_method != "sqrt_d_model":
+                return
+            statistics = ActivationStatistics(*torch.ones(4, config.num_layers, config.d_model))
+        for side, mean, std in (
+            ("input", statistics.input_mean, statistics.input_std),
+            ("target", statistics.target_mean, statistics.target_std),
+        ):
+            shift, scale = fit_scaling(mean, std, config.normalization_method)
+            yield f"{side}_shift", shift
+            yield f"{side}_scale", scale
+        yield "target_variance", (statistics.target_std * scale).square().sum(1)
+
+    @property
+    def _untied(self) -> bool:
+        return self._config.decoder_tying == "none"
+
+    def _read(self, name: str, *shape: int | None) -> Tensor:
+        return self._weights.tensor(self._stored.get(name, name), *shape)
+
+    def _check_names(self) -> None:
+        config, expected = self._config, self._expected()
+        unknown = sorted(self._stored.keys() - expected)
+        if unknown:
             raise CheckpointError(
-                f"The weights lack {', '.join(sorted(self._missing)[:6])}, which cfg.json asks for. The two files are "
-                "probably of different runs, or the checkpoint is the part of one rank."
-            )
-
-    def _places(self, name: str, value: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Where a tensor goes, and what of it goes there."""
-        config, model = self._config, self._model
-        if name not in self._missing:
-            raise CheckpointError(
-                f"{name} is no tensor of a crosslayer-coding transcoder with decoder_tying = "
+                f"{unknown[0]} is no tensor of a crosslayer-coding transcoder with decoder_tying = "
                 f"{config.decoder_tying!r}, activation_fn = {config.activation_fn!r}, skip_connection = "
                 f"{config.skip_connection!r} and {config.num_layers} layers. Is this its cfg.json?"
             )
-        if name == "log_threshold":
-            return list(zip(model.log_threshold, value.expand(config.num_layers, -1)))
-        found = _KEY.fullmatch(name)
-        assert found is not None
-        first, second = int(found["first"]), None if found["second"] is None else int(found["second"])
-        match found["kind"], found["part"]:
-            case "encoders", "weight":
-                return [(model.W_enc[first], value)]
-            case "encoders", _:
-                return [(model.b_enc[first].zero_(), value)]
-            case "decoders", "weight":
-                place = model.W_dec[first] if second is None else model.W_dec[first][:, second - first]
-                return [(place, value.T)]
-            case "decoders", _:
-                return [(model.b_dec[target], value) for target in self._biased(first, second)]
-            case "skip_weights", _:
-                return [(model.W_skip[first][(second or first) - first], value.T)]
-            case kind, _:
-                return [(getattr(model, kind)[first], value)]
-
-    def _biased(self, first: int, second: int | None) -> range:
-        """The targets to which a decoder's bias is added."""
-        if second is not None:
-            return range(second, second + 1)
-        if self._config.decoder_tying == "per_source":
-            return self._config.targets_of(first)
-        return range(first, first + 1)
+        missing = sorted(expected - self._stored.keys())
+        if missing:
+            raise CheckpointError(
+                f"The weights lack {', '.join(missing[:6])}, which cfg.json asks for. The two files are "
+                "probably of different runs, or the checkpoint is the part of one rank."
+            )
 
     def _expected(self) -> set[str]:
         """The names that the configuration implies."""
         config = self._config
         layers = range(config.num_layers)
         pairs = [f"{s}->{t}" for s in layers for t in config.targets_of(s)]
-        decoders = pairs if config.decoder_tying == "none" else [str(layer) for layer in layers]
+        decoders = pairs if self._untied else [str(layer) for layer in layers]
         names = {f"encoders.{layer}.{part}" for layer in layers for part in ("weight", "bias_param")}
         names |= {f"decoders.{each}.{part}" for each in decoders for part in ("weight", "bias_param")}
         if config.enable_feature_offset:
@@ -182,6 +221,12 @@ class _Filling:
         if config.skip_connection != "none":
             names |= {f"skip_weights.{each}" for each in decoders}
         return names | ({"log_threshold"} if config.activation_fn == "jumprelu" else set())
+
+
+def _file(folder: Path) -> Path | None:
+    """Its weights, if they are where it writes them, beside a cfg.json."""
+    found = [folder / name for name in _FILES if (folder / name).exists()]
+    return next((file for file in found if (file.parent / "cfg.json").exists()), None)
 
 
 def _short(name: str) -> str:

@@ -1,0 +1,119 @@
+"""Transcoders on the Hugging Face Hub: downloaded with a pinned revision, uploaded with a card that says what they are.
+
+The conventions are those of huggingface_hub's model mixins (`from_pretrained`, `save_pretrained`, `push_to_hub`);
+token and address come from the environment (HF_TOKEN, HF_ENDPOINT), as its own tools do it. The client checks each
+download's size and, for large files, its checksum.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from httpx import HTTPError
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+from clt import __version__
+from clt.config import CLTConfig
+from clt.config.base import write_text_atomically
+from clt.errors import CheckpointError, ConfigError
+from clt.models.checkpoint import CONFIG, WEIGHTS
+
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+# What transcoders consist of; other files of a repository are not downloaded.
+_WANTED = ("*.safetensors", "*.json", "*.yaml", "*.npz", "*.pt")
+_CARD = "README.md"
+
+
+def local_folder(path_or_repo: str | Path, revision: str | None = None) -> Path:
+    """A folder as it is, or the download of a repository.
+
+    Args:
+        path_or_repo: a folder, or OWNER/NAME.
+        revision: commit, branch or tag; None: main.
+
+    Raises:
+        CheckpointError: neither a folder nor a repository that can be reached.
+    """
+    folder = Path(path_or_repo)
+    name = str(path_or_repo)
+    if folder.exists() or not _REPOSITORY.fullmatch(name):
+        if revision is not None:
+            raise ConfigError(f"revision = {revision!r} belongs to repositories of the Hub; {name} is a local folder.")
+        return folder
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_WANTED)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, HTTPError) as error:
+        raise CheckpointError(
+            f"{name} is no folder here, and on the Hub it could not be read"
+            f"{'' if revision is None else f' at revision {revision}'}: {str(error).splitlines()[0]}"
+        ) from None
+
+
+def push_folder(folder: Path, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+    """Put a transcoder's folder on the Hub, repository made if need be; returns its address.
+
+    A folder without README.md gets a generated card first.
+
+    Raises:
+        CheckpointError: the folder holds no transcoder, or the Hub refuses.
+    """
+    if not (folder / WEIGHTS).exists():
+        raise CheckpointError(f"{folder} holds no {WEIGHTS}, so there is no transcoder to upload.")
+    if not (folder / _CARD).exists():
+        write_text_atomically(folder / _CARD, model_card(folder, repo_id))
+    api = HfApi(token=token)
+    try:
+        address = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo_id, folder_path=folder, allow_patterns=[CONFIG, WEIGHTS, _CARD, "run.json", "evaluation.json"],
+            commit_message="Upload a cross-layer transcoder",
+        )  # fmt: skip
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, HTTPError) as error:
+        raise CheckpointError(f"{repo_id} could not be written: {str(error).splitlines()[0]}") from None
+    return str(address)
+
+
+def model_card(folder: Path, name: str, license: str | None = None) -> str:
+    """README.md of a transcoder: what it is, how it was made, what was measured; only what its files say.
+
+    Args:
+        license: of the weights; None: left out, for the uploader to decide.
+    """
+    config = CLTConfig.from_json(folder / CONFIG)
+    run = _json(folder / "run.json")
+    header = ["---", "library_name: crosslayer", "tags:", "- cross-layer-transcoder", "- interpretability"]
+    header += [f"base_model: {config.model_name}"] if config.model_name and "/" in config.model_name else []
+    header += [f"license: {license}"] if license else []
+    start = "its own" if config.first_target == 0 else "the next"
+    rows = {
+        "Host": config.model_name or "not recorded",
+        "Reads, writes": f"{config.mlp_input_template or '?'}, {config.mlp_output_template or '?'}",
+        "Layers, features per layer": f"{config.num_layers}, {config.num_features:,}",
+        "Activation": config.activation_fn,
+        "A feature writes to": f"{config.span} MLP outputs, from {start} layer on",
+        "Data": str(run.get("data") or run.get("options", {}).get("data") or "not recorded"),
+        "Made with": f"crosslayer {run.get('version', __version__)}",
+    }
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    use = f'from clt.models import CrossLayerTranscoder\n\ntranscoder = CrossLayerTranscoder.from_pretrained("{name}")'
+    parts = ["\n".join([*header, "---"]), f"# {name}", "A cross-layer transcoder.", f"| | |\n|---|---|\n{table}"]
+    parts += [_measured(folder), f"```python\n{use}\n```"]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _measured(folder: Path) -> str:
+    """The held-out figures, if they were measured."""
+    found = _json(folder / "evaluation.json")
+    names = [name for name in ("nmse", "explained_variance", "l0", "dead", "n_tokens") if name in found]
+    if not names:
+        return "No held-out evaluation lies beside the weights (`clt evaluate`)."
+    rows = "\n".join(f"| {name} | {found[name]:.4g} |" for name in names)
+    return f"Held-out tokens:\n\n| | |\n|---|---|\n{rows}"
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
