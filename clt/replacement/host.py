@@ -40,6 +40,7 @@ class SteeredHost(Steerable):
         check_fit(adapter, transcoder)
         check_std(feature_std, transcoder.config)
         self.adapter, self.transcoder, self.feature_std = adapter, transcoder, feature_std
+        self.layers = range(adapter.n_layers)
 
     @contextmanager
     def active(
