@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.setup-done
 SHELL  := /bin/bash
 
-.PHONY: setup demo demo-quick test test-all check bench clean
+.PHONY: setup demo demo-quick test test-all check bench web clean
 
 setup: $(STAMP)
 
@@ -38,6 +38,10 @@ test-all: check
 
 bench: setup
 	@for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+# The graph page: sources in web/, built files in clt/viz/static/ (committed, so that users need no Node).
+web:
+	cd web && npm ci && npm run check && npm test && npm run build
 
 clean:
 	rm -rf $(VENV) build dist

@@ -21,7 +21,7 @@ COMMANDS = {
         "generate": "Capture what a host's MLPs read and write, to disk.",
         "data": "Look after data sets: info, verify, statistics, drop a chunk, convert.",
         "scramble": "Write a data set again with its rows in a random order.",
-        "serve": "Serve activations to other machines.",
+        "serve": "Serve activations to other machines, or attribution graphs to a browser.",
     },
     "Benchmarks": {
         "bench": "Benchmarks of vision-language models: list, info, verify, score.",
@@ -35,8 +35,13 @@ COMMANDS = {
         "export": "Write a transcoder in another project's format.",
         "push": "Put a transcoder, with a model card, on the Hugging Face Hub.",
         "analyze-theta": "The thresholds of a transcoder in a few numbers per layer.",
+        "attribute": "Compute an attribution graph: what made the model say it.",
+        "faithfulness": "Hold attribution graphs to worlds with known circuits and to real effects.",
         "fidelity": "Put the transcoder in place of the MLPs and measure how faithful the host stays.",
         "steer": "Change features while the host answers: text and next tokens before and after.",
+    },
+    "Graphs": {
+        "explain": "Label features from their examples; graphs in the browser show the labels.",
     },
 }
 

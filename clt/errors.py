@@ -5,8 +5,10 @@
     ├── HostModelError    a model that cannot be loaded, hooked, replaced or linearised
     ├── DatasetError      activations at rest: missing, cut off, of another model
     ├── CheckpointError   a transcoder or trainer state that cannot be read
+    ├── GraphError        an attribution graph that cannot be made, read or exported
     ├── TrainingError     a loss that is not a number, a store that runs dry
     ├── BenchmarkError    questions, answers or judgements that do not fit together
+    ├── DiscoveryError    phases of feature discovery that lack their input or have too few samples
     └── WorldError        an embedded world that does not exist or lacks its weights
 
 The command line prints the message without a traceback (`--debug` shows it) and exits with 2.
@@ -34,6 +36,10 @@ class CheckpointError(CLTError):
     """A saved transcoder or trainer state that cannot be read."""
 
 
+class GraphError(CLTError):
+    """An attribution graph that cannot be made, read or exported."""
+
+
 class TrainingError(CLTError):
     """Training that cannot go on."""
 
@@ -44,3 +50,7 @@ class BenchmarkError(CLTError):
 
 class WorldError(CLTError):
     """An embedded world that does not exist or lacks its weights."""
+
+
+class DiscoveryError(CLTError):
+    """A phase of feature discovery that lacks its input or has too few samples."""

@@ -6,6 +6,7 @@ A *token* is one row of a flattened batch; a *position* is a place in one prompt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -74,6 +75,19 @@ class FeatureId(NamedTuple):
 
     layer: int
     feature: int
+
+    @property
+    def number(self) -> int:
+        """Cantor's pairing `(l + f)(l + f + 1) / 2 + f`: what other projects' files call a feature."""
+        total = self.layer + self.feature
+        return total * (total + 1) // 2 + self.feature
+
+    @staticmethod
+    def from_number(number: int) -> FeatureId:
+        """The inverse of `number`, exact for any size."""
+        diagonal = (math.isqrt(8 * number + 1) - 1) // 2
+        feature = number - diagonal * (diagonal + 1) // 2
+        return FeatureId(diagonal - feature, feature)
 
 
 @dataclass(frozen=True)

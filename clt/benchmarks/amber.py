@@ -25,6 +25,7 @@ def amber(
     data: str | Path,
     task: str = GENERATIVE,
     images: str | Path | None = None,
+    extractor: str = "auto",
     similarity: str = "identity",
     **options: Any,
 ) -> AmberGenerative | AmberQuestions:
@@ -34,9 +35,10 @@ def amber(
         data: AMBER's `data` folder (or the official repository).
         task: generative; discriminative, or its parts existence, attribute, relation.
         images: folder of the images; needed to ask, not to score.
-        similarity: which words count as the same; the yes/no tasks have no use for it.
-        options: extractor (auto, nltk, rules), similarity_file, rule (attainable, coverage), good_cover, bad_cover,
-            digits for descriptions; parser (official, first_word), digits for questions.
+        extractor: how nouns are found (auto, nltk, rules); the yes/no tasks have no use for it.
+        similarity: which words count as the same (identity, file, spacy); the yes/no tasks have no use for it.
+        options: similarity_file, rule (attainable, coverage), good_cover, bad_cover, digits for descriptions;
+            parser (official, first_word), digits for questions.
 
     Raises:
         BenchmarkError: no such task, or an option that the task does not have.
@@ -49,5 +51,5 @@ def amber(
     if unknown:
         raise BenchmarkError(f"AMBER's task {task!r} has no option {unknown[0]!r}. It has: {', '.join(sorted(known))}.")
     if task == GENERATIVE:
-        return AmberGenerative(data=data, images=images, similarity=similarity, **options)
+        return AmberGenerative(data=data, images=images, extractor=extractor, similarity=similarity, **options)
     return AmberQuestions(data=data, images=images, task=task, **options)

@@ -147,9 +147,18 @@ def amber_samples(
 
 
 def of_this_task(responses: Mapping[str, str], ids: Collection[str], files: AmberData) -> tuple[dict[str, str], int]:
-    """The responses to the given ids and to ids AMBER does not have (an error later), and how many are other tasks'."""
+    """The responses to the given ids and to ids AMBER does not have (an error later), and how many are other tasks'.
+
+    Raises:
+        BenchmarkError: all of them are.
+    """
     wanted = set(ids)
     ours = {id: text for id, text in responses.items() if id in wanted or id not in files.annotations}
+    if responses and not ours:
+        raise BenchmarkError(
+            f"All {len(responses):,} responses belong to other tasks of AMBER. Choose theirs with --task: generative, "
+            "discriminative, existence, attribute or relation."
+        )
     return ours, len(responses) - len(ours)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from clt.errors import BenchmarkError
@@ -91,6 +92,15 @@ class Benchmark(Protocol):
         ...
 
 
+@runtime_checkable
+class ReadsResponses(Protocol):
+    """A benchmark whose authors' response files need more than an id and a text in each row."""
+
+    def own_responses(self, path: Path) -> dict[str, str] | None:
+        """Response by sample id; None if the file is not of the authors' form."""
+        ...
+
+
 class CountingBenchmark:
     """Implements `score` for a benchmark that can count each sample by itself.
 
@@ -140,6 +150,23 @@ def tally(
     Raises:
         BenchmarkError: an id that is none of the samples', or no response at all.
     """
+    answered = answered_ids(name, ids, responses)
+    provenance = {
+        "benchmark": name,
+        "n_samples": len(ids),
+        "n_scored": len(answered),
+        "n_missing": len(ids) - len(answered),
+        "n_empty": sum(not responses[id].strip() for id in answered),
+    }
+    return tuple(count(id, responses[id]) for id in answered), provenance
+
+
+def answered_ids(name: str, ids: Collection[str], responses: Mapping[str, str]) -> list[str]:
+    """The samples that have a response, in order.
+
+    Raises:
+        BenchmarkError: an id that is none of the samples', or no response at all.
+    """
     known = set(ids)
     unknown = [id for id in responses if id not in known]
     if unknown:
@@ -148,17 +175,9 @@ def tally(
             f"{few(unknown)}.\nThe benchmark has {len(known):,} samples: {few(list(ids))}. The responses probably "
             "belong to another set, split or task."
         )
-    answered = [id for id in ids if id in responses]
-    if not answered:
+    if not responses:
         raise BenchmarkError(f"{name}: there are no responses to score. The benchmark has {len(known):,} samples.")
-    provenance = {
-        "benchmark": name,
-        "n_samples": len(known),
-        "n_scored": len(answered),
-        "n_missing": len(known) - len(answered),
-        "n_empty": sum(not responses[id].strip() for id in answered),
-    }
-    return tuple(count(id, responses[id]) for id in answered), provenance
+    return [id for id in ids if id in responses]
 
 
 def summed(scores: Iterable[SampleScore]) -> dict[str, float]:

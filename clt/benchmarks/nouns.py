@@ -32,11 +32,14 @@ VERBS = _words(
 )
 """Nouns of the vocabulary that texts about images also use as verbs."""
 BEFORE_VERBS = _words("to can could will would may might must should i you we they who not n't")
-BEFORE_TO = _words("next close due thanks adjacent attached connected compared addition similar tied")
+BEFORE_TO = _words(
+    "next close closer due thanks adjacent attached connected compared addition similar tied leading leads access"
+)
 """Behind these, `to` is a preposition: "next to water"."""
 THIRD_PERSON = _words("boards drinks houses lights lines monitors rings signals skates skis supports watches")
 DETERMINERS = _words("a an the this that these those his her its their my your our some any each every no both another")
-OBJECT_STARTS = DETERMINERS | _words("him them it up down over either")
+OBJECT_STARTS = _words("a an the his her its their my your our both either each him them it")
+"""What follows a verb; not `that`, which follows nouns: "a building that has ..."."""
 PREPOSITIONS = _words(
     "across along around at away behind by down from in into near off on out over past through to toward towards "
     "under up with"
@@ -111,7 +114,8 @@ def is_noun(sentence: Sequence[str], place: int) -> bool:
         return False
     if word in VERBS and _is_base_verb(sentence, place, before, after):
         return False
-    if word in THIRD_PERSON and _could_be_noun(before) and after in OBJECT_STARTS:
+    is_subject = before in ("that", "which", "who") or _could_be_noun(before)
+    if word in THIRD_PERSON and is_subject and after in OBJECT_STARTS:
         return False
     if word in GERUNDS and before not in DETERMINERS and _is_gerund(word, before, after):
         return False
@@ -127,7 +131,9 @@ def _is_base_verb(sentence: Sequence[str], place: int, before: str, after: str) 
 
 def _is_gerund(word: str, before: str, after: str) -> bool:
     """`is sailing`, `boats sailing on`, `drawing attention`."""
-    return before in BE or after in DETERMINERS or (word == "sailing" and after in PREPOSITIONS) or after == "attention"
+    return (
+        before in BE or after in OBJECT_STARTS or (word == "sailing" and after in PREPOSITIONS) or after == "attention"
+    )
 
 
 def _is_adjective(word: str, before: str, after: str, second: str) -> bool:
@@ -139,7 +145,8 @@ def _is_adjective(word: str, before: str, after: str, second: str) -> bool:
         return after in COLOURS
     if word in ADJECTIVES_AFTER_A:
         return before in ("a", "an")
-    return word == "individual" and _could_be_noun(after)
+    is_person = before in ("a", "an") or after.endswith("ing")
+    return word == "individual" and _could_be_noun(after) and not is_person
 
 
 def _neighbour(sentence: Sequence[str], place: int) -> str:

@@ -6,7 +6,9 @@ before 3.9: `punkt`, `averaged_perceptron_tagger`).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -15,6 +17,7 @@ from clt.errors import BenchmarkError
 
 EXTRACTORS = ("auto", "nltk", "rules")
 PROBE = "Two dogs sit on a bench."
+_COLOUR = re.compile(r"\x1b\[\d+m")
 
 
 class NltkNouns:
@@ -51,7 +54,7 @@ def missing_for_nltk() -> str | None:
     try:
         _nouns(PROBE)
     except LookupError as error:
-        lines = (line.strip() for line in str(error).splitlines())
+        lines = (_COLOUR.sub("", line).strip() for line in str(error).splitlines())
         named = next((line for line in lines if line.startswith("Resource")), "a resource")
         return f"NLTK's data ({named})"
     return None
@@ -74,4 +77,13 @@ def _nouns(text: str) -> list[str]:
     from nltk.stem import WordNetLemmatizer  # pyright: ignore[reportMissingImports]
 
     lemmatizer = WordNetLemmatizer()
-    return [lemmatizer.lemmatize(word) for word, tag in nltk.pos_tag(nltk.word_tokenize(text)) if tag.startswith("NN")]
+    tagged = _tagger().tag(nltk.word_tokenize(text))
+    return [lemmatizer.lemmatize(word) for word, tag in tagged if tag.startswith("NN")]
+
+
+@cache
+def _tagger() -> Any:
+    """What `nltk.pos_tag` uses, read once: it reads several megabytes anew for each text."""
+    from nltk.tag import PerceptronTagger  # pyright: ignore[reportMissingImports]
+
+    return PerceptronTagger()

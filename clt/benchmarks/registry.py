@@ -17,6 +17,13 @@ GROUP = "crosslayer.benchmarks"
 
 BUILT_IN = {
     "amber": "clt.benchmarks.amber:amber",
+    "chair": "clt.benchmarks.chair:Chair",
+    "hallusionbench": "clt.benchmarks.hallusion:HallusionBench",
+    "jsonl": "clt.benchmarks.jsonl:Jsonl",
+    "llava-bench": "clt.benchmarks.llava_bench:LlavaBench",
+    "mme": "clt.benchmarks.mme:MME",
+    "mmhal": "clt.benchmarks.mmhal:MMHal",
+    "object-halbench": "clt.benchmarks.chair:ObjectHalBench",
     "pope": "clt.benchmarks.pope:Pope",
 }
 

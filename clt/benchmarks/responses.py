@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clt.benchmarks.base import Benchmark, few
+from clt.benchmarks.base import Benchmark, ReadsResponses, few
 from clt.benchmarks.files import read_rows, text_of, unique
 from clt.errors import BenchmarkError
 from clt.types import Sample
@@ -35,6 +35,9 @@ def read_responses(path: str | Path, benchmark: Benchmark, keys: Sequence[str] =
             than the samples or answer other questions.
     """
     path = Path(path)
+    own = benchmark.own_responses(path) if isinstance(benchmark, ReadsResponses) else None
+    if own is not None:
+        return own
     rows = read_rows(path, "responses")
     ids = [_id_of(row) for row in rows]
     if all(id is None for id in ids):

@@ -13,16 +13,18 @@ from jaxtyping import Bool, Integer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from clt.errors import HostModelError
 from clt.lm import hooks
+from clt.lm.hook_names import resolved_template
 from clt.lm.hooks import Captured, Change, Predict, Receive, Site
 from clt.lm.host import Host
 from clt.lm.inputs import HostInputs
+from clt.lm.linear import Decoder, LinearHost
 from clt.lm.loading import load_host
 from clt.lm.structure import (
     down_projection,
     find_templates,
     hookpoints_of,
-    normalised_template,
     sites_of,
     width_of,
 )
@@ -67,8 +69,8 @@ class ModelAdapter(Host):
         if input_template is None or output_template is None:
             found_input, found_output = find_templates(model)
             input_template, output_template = input_template or found_input, output_template or found_output
-        self.input_template = normalised_template(input_template, "input")
-        self.output_template = normalised_template(output_template, "output")
+        self.input_template = resolved_template(model, input_template, "input")
+        self.output_template = resolved_template(model, output_template, "output")
         self.hookpoints: tuple[Hookpoint, ...] = hookpoints_of(model, self.input_template, self.output_template)
         self._pairs = sites_of(model, self.hookpoints)
         self._returns_tuple: dict[str, bool] = {}
@@ -206,3 +208,19 @@ class ModelAdapter(Host):
             yield
         finally:
             handle.remove()
+
+    def linearised(self, inputs: HostInputs, keep: Sequence[int] = (-1,)) -> LinearHost:
+        """The host on one prompt as an affine map of its embeddings and MLP outputs.
+
+        Args:
+            inputs: one row, without padding.
+            keep: positions whose logits are wanted.
+
+        Raises:
+            HostModelError: several rows, padding, or a host that cannot be held linear (named by its class).
+        """
+        if inputs.n_rows != 1 or not bool(inputs.is_token.all()):
+            raise HostModelError(f"A host is linearised on one prompt without padding, not on {inputs.n_rows} rows.")
+        decoder = Decoder(self.model, self.hookpoints, self._pairs)
+        places = [place % inputs.input_ids.shape[1] for place in keep]
+        return decoder.record(self._arguments(inputs), places)

@@ -1,12 +1,13 @@
 """Transcoders on the Hugging Face Hub: downloaded with a pinned revision, uploaded with a card that says what they are.
 
 The conventions are those of huggingface_hub's model mixins (`from_pretrained`, `save_pretrained`, `push_to_hub`);
-token and address come from the environment (HF_TOKEN, HF_ENDPOINT), as its own tools do it. The client checks each
-download's size and, for large files, its checksum.
+token and address come from the environment (HF_TOKEN, HF_ENDPOINT), as its own tools do it. The size of
+each download is checked by the client, the sha256 of large files here.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -45,12 +46,30 @@ def local_folder(path_or_repo: str | Path, revision: str | None = None) -> Path:
             raise ConfigError(f"revision = {revision!r} belongs to repositories of the Hub; {name} is a local folder.")
         return folder
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_WANTED)))
+        downloaded = Path(snapshot_download(name, revision=revision, allow_patterns=list(_WANTED)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, HTTPError) as error:
         raise CheckpointError(
             f"{name} is no folder here, and on the Hub it could not be read"
             f"{'' if revision is None else f' at revision {revision}'}: {str(error).splitlines()[0]}"
         ) from None
+    _verify(downloaded)
+    return downloaded
+
+
+def _verify(folder: Path) -> None:
+    """Compare large files with the sha256 that the Hub names them by, which the client's cache keeps as file name."""
+    for path in sorted(folder.rglob("*")):
+        expected = path.resolve().name
+        if not path.is_file() or not re.fullmatch("[0-9a-f]{64}", expected):
+            continue
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != expected:
+            path.resolve().unlink()
+            raise CheckpointError(
+                f"{path.name} was downloaded with the sha256 {found}, the Hub says {expected}. The copy was "
+                "deleted; run again to fetch it anew."
+            )
 
 
 def push_folder(folder: Path, repo_id: str, *, private: bool = False, token: str | None = None) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clt.errors import ConfigError, HostModelError
 from clt.lm import HostInputs, ModelAdapter
-from clt.lm.structure import normalised_template
+from clt.lm.hook_names import resolved_template
 from clt.models import BaseTranscoder
 from clt.replacement.intervention import Edit, Interventions
 from clt.replacement.loading import open_pair
@@ -216,7 +216,7 @@ def check_fit(adapter: ModelAdapter, transcoder: BaseTranscoder) -> None:
         ("input", adapter.input_template, config.mlp_input_template),
         ("output", adapter.output_template, config.mlp_output_template),
     ):
-        if theirs is not None and normalised_template(theirs, side) != ours:
+        if theirs is not None and resolved_template(adapter.model, theirs, side) != ours:
             raise HostModelError(
                 f"The transcoder was trained on {theirs}, but the host's MLP {side} is taken at {ours}. Open the host "
                 f"with {side}_template={theirs!r}."

@@ -25,6 +25,7 @@ from rich.table import Table
 from clt import benchmarks
 from clt.benchmarks import Benchmark, Report
 from clt.benchmarks.amber_data import AmberData
+from clt.benchmarks.pope_build import PopeRecipe, build_pope, read_objects
 from clt.benchmarks.similarity import SPACY_MODEL, SpacySimilarity, write_table
 from clt.config.base import write_text_atomically
 from clt.errors import BenchmarkError
@@ -50,6 +51,14 @@ class Choices:
     """Table for --similarity file; `clt bench similarity` makes one."""
     extractor: Literal["auto", "nltk", "rules"] | None = None
     """How mentioned objects are found."""
+    judge: str | None = None
+    """Who rates answers that no rule can rate: none, rule, file, openai, local, or a registered judge."""
+    judge_model: str | None = None
+    """The judge's model."""
+    judge_url: str | None = None
+    """Base URL of the judge openai; its key is read from CLT_JUDGE_KEY."""
+    judge_log: Path | None = None
+    """File of all requests and replies; the judge file replays it."""
     option: tuple[str, ...] = ()
     """Further options as NAME=VALUE, such as good_cover=0.9."""
 
@@ -111,7 +120,7 @@ class Verify(Choices):
         labels = Counter(str(sample.meta["label"]) for sample in samples if "label" in sample.meta)
         found = {
             "n_samples": len(samples),
-            "n_images": len({str(image) for sample in samples for image in sample.images}),
+            "n_with_image": sum(bool(sample.images) for sample in samples),
             "labels": dict(labels),
             "n_reference_answers": len(answers),
             "reference_metrics": dict(benchmark.score(answers).metrics) if answers else {},
@@ -169,10 +178,28 @@ class Similarity:
         print(f"{self.output}: {n_pairs:,} pairs of {len(words):,} words count as the same.")
 
 
-Options = List | Info | Verify | Score | Similarity
+@dataclass(frozen=True, kw_only=True)
+class BuildPope(PopeRecipe):
+    """Write POPE questions for your own annotated images."""
+
+    data: Path
+    """JSON list or lines of {"image": FILE, "objects": [NAMES]}."""
+    output: Path
+    """The question file."""
+
+    def run(self) -> None:
+        """Draw and write them."""
+        rows = build_pope(read_objects(self.data), self)
+        write_text_atomically(self.output, "".join(json.dumps(row) + "\n" for row in rows))
+        print(
+            f"{self.output}: {len(rows):,} questions about {self.n_images:,} images ({self.split}, seed {self.seed})."
+        )
 
 
-def main(options: List | Info | Verify | Score | Similarity) -> None:
+Options = List | Info | Verify | Score | Similarity | BuildPope
+
+
+def main(options: List | Info | Verify | Score | Similarity | BuildPope) -> None:
     """Do what was asked."""
     options.run()
 
@@ -185,7 +212,11 @@ def warnings_of(report: Report) -> list[str]:
         "n_empty": "responses are empty; they are scored like any other",
         "n_unparsed": "answers could not be read as yes or no; the benchmark's own rule decided",
         "n_other_task": "responses belong to other tasks of the benchmark and were left out",
-        "n_parse_failures": "judgements could not be read; they are left out of the means",
+        "n_parse_failures": "judgements could not be read",
+        "n_judge_failures": "calls of the judge failed; their responses are not in the numbers",
+        "n_incomplete_images": "images have only one of their two answers",
+        "n_incomplete_figures": "figures lack answers to some of their questions",
+        "n_incomplete_questions": "questions lack answers about some of their figures",
     }
     found = [f"{provenance[key]:,} {text}" for key, text in texts.items() if provenance.get(key)]
     if provenance.get("undefined"):
@@ -204,7 +235,11 @@ def _print_table(report: Report) -> None:
 
 
 def _first_line(name: str) -> str:
-    return (inspect.getdoc(benchmarks.factory_of(name)) or "").split("\n")[0]
+    """What it is; a package that announces a benchmark it does not have must not hide the others."""
+    try:
+        return (inspect.getdoc(benchmarks.factory_of(name)) or "").split("\n")[0]
+    except BenchmarkError as error:
+        return f"cannot be loaded: {error}"
 
 
 def _value(text: str) -> Any:

@@ -58,13 +58,13 @@ class Guards:
         refusal = self._refusal(scope["path"], headers)
         try:
             if refusal:
-                await _answer(counting_send, *refusal)
+                await answer_with(counting_send, *refusal)
             else:
                 await self._app(scope, counting_receive, counting_send)
         except _TooLarge:
             is_too_large = False
             if status == 0:
-                await _answer(counting_send, 413, f"The body is larger than {self._max_body_bytes:,} bytes.")
+                await answer_with(counting_send, 413, f"The body is larger than {self._max_body_bytes:,} bytes.")
         self.requests[scope["method"], status] += 1
         self.bytes["received"] += received
         self.seconds += time.perf_counter() - begin
@@ -96,7 +96,8 @@ class Guards:
         return None
 
 
-async def _answer(send: Send, status: int, detail: str) -> None:
+async def answer_with(send: Send, status: int, detail: str) -> None:
+    """A whole JSON answer."""
     body = json.dumps({"detail": detail}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if status == 401:

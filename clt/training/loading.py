@@ -11,13 +11,15 @@ from clt.config import CLTConfig
 from clt.errors import CheckpointError
 from clt.models import CrossLayerTranscoder
 from clt.models.checkpoint import WEIGHTS, read_tensors
-from clt.models.formats import is_crosslayer_coding, read_crosslayer_coding
+from clt.models.formats import build, detect, is_crosslayer_coding, read, read_crosslayer_coding
+
+_NAMES = (WEIGHTS, "clt.pt", f"final/{WEIGHTS}", "final/clt.pt")
 
 
 def load_model(
     weights: Path, config: Path | None = None, device: torch.device | str = "cpu", norm_stats: Path | None = None
 ) -> CrossLayerTranscoder:
-    """Build from a folder (ours or crosslayer-coding's `final/`) or from one file of weights, of either project.
+    """Build from a folder (ours, crosslayer-coding's `final/`, or another project's) or from one file of weights.
 
     Args:
         weights: a folder, a `.safetensors` file, or a `.pt` state dict.
@@ -28,6 +30,8 @@ def load_model(
     Raises:
         CheckpointError: a file is missing or damaged, or the two do not fit.
     """
+    if weights.is_dir() and not any((weights / name).exists() for name in _NAMES) and detect(weights) is not None:
+        return build(read(weights), device)
     file = _file_of(weights)
     options = CLTConfig.from_json(config or file.parent / "cfg.json")
     tensors = read_tensors(file, device) if file.suffix == ".safetensors" else _read_pickle(file, device)
@@ -45,7 +49,7 @@ def load_model(
 def _file_of(weights: Path) -> Path:
     if not weights.is_dir():
         return weights
-    for name in (WEIGHTS, "clt.pt", f"final/{WEIGHTS}", "final/clt.pt"):
+    for name in _NAMES:
         if (weights / name).exists():
             return weights / name
     raise CheckpointError(f"{weights} holds neither {WEIGHTS} nor clt.pt. Is it the folder of a finished run?")

@@ -85,10 +85,21 @@ def test_underscores_and_hyphens_are_the_same_flag():
         assert "Traceback" not in result.stderr
 
 
-def test_the_wheel_holds_the_weights_of_the_worlds(tmp_path):
+def test_the_wheel_holds_the_weights_of_the_worlds_and_the_graph_page(tmp_path):
     flags = ["--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
     subprocess.run([sys.executable, "-m", "pip", "wheel", *flags, str(ROOT)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "clt/worlds/assets/shapes/model.safetensors" in names
+    assert {f"clt/viz/static/{name}" for name in ("index.html", "graphs.js", "graphs.css")} <= set(names)
     assert wheel.stat().st_size < 10e6
+
+
+def test_the_graph_page_is_small_and_asks_nobody():
+    files = list((ROOT / "clt/viz/static").iterdir())
+    assert sum(file.stat().st_size for file in files) < 600_000
+    outside = set()
+    for file in files:
+        outside |= set(re.findall(r"(?:https?:)?//[\w.-]+\.[a-z]{2,}[^\s\"'`)]*", file.read_text()))
+    # Names of XML namespaces and of the framework's own error pages; nothing is fetched from them.
+    assert {address for address in outside if not re.search(r"www\.w3\.org|svelte\.dev", address)} == set()

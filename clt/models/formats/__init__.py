@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from clt.errors import CheckpointError, ConfigError
-from clt.models.formats import circuit_tracer, clt_forge, crosslayer_coding, eleuther, goreg, kokosdev, openmoss
+from clt.models.formats import circuit_tracer, clt_forge, crosslayer_coding, eleuther, goreg, kokosdev, openmoss, ours
 from clt.models.formats.crosslayer_coding import is_crosslayer_coding, read_crosslayer_coding
 from clt.models.formats.per_layer import GemmaScope, SAELens
 from clt.models.formats.portable import Portable, build, write
@@ -22,10 +22,11 @@ from clt.models.formats.portable import Portable, build, write
 __all__ = ["FORMATS", "Portable", "build", "detect", "is_crosslayer_coding", "read", "read_crosslayer_coding", "write"]
 
 # In the order in which a folder is asked: those with files of unmistakable names first.
-FORMATS: dict[str, Any] = {
-    each.NAME: each
-    for each in (clt_forge, goreg, circuit_tracer, openmoss, eleuther, kokosdev, SAELens, GemmaScope, crosslayer_coding)
-}
+_ORDER = (
+    *(ours, clt_forge, goreg, circuit_tracer, openmoss, eleuther),
+    *(kokosdev, SAELens, GemmaScope, crosslayer_coding),
+)
+FORMATS: dict[str, Any] = {each.NAME: each for each in _ORDER}
 
 
 def detect(folder: Path) -> str | None:
@@ -51,7 +52,7 @@ def read(folder: Path, format: str | None = None, **options: Any) -> Portable:
         there = sorted(path.name for path in folder.iterdir())[:8] if folder.is_dir() else []
         raise CheckpointError(
             f"{folder} is no transcoder that is known here: it holds {', '.join(there) or 'nothing'}. Known: ours "
-            f"(cfg.json, clt.safetensors), {', '.join(FORMATS)}."
+            f"(cfg.json, clt.safetensors), {', '.join(name for name in FORMATS if name != ours.NAME)}."
         )
     reader = FORMATS[format].read
     unknown = sorted(options.keys() - inspect.signature(reader).parameters.keys())

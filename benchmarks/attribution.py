@@ -1,0 +1,164 @@
+"""Attribution on a GPT-2-small-sized host with random weights: time per row and memory, against gather-and-contract.
+
+python benchmarks/attribution.py                 # 9 tokens, 4,449 active features
+python benchmarks/attribution.py --tokens 2500   # a long prompt: seconds per row and peak memory
+
+The reference gathers the gradient once per (feature, written layer) pair and contracts each with its vector, as
+circuit-tracer 0.4.1 does; ours makes one product per (layer, position). Both walk back the same linearised host, with
+the same targets: 64 features of the top layer. Seconds are of processor time over all threads, so that other work on
+the machine does not count. Prints one JSON line; what counts is the ratio within the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from clt.attribution import AttributionOptions
+from clt.attribution.attribute import Setting, _append, _reads, _setting, automatic_batch_size
+from clt.attribution.backward import Backward
+from clt.attribution.rows import RowStore
+from clt.attribution.sources import Sources
+from clt.config import CLTConfig
+from clt.lm import HostInputs, ModelAdapter
+from clt.models import CrossLayerTranscoder
+from clt.replacement import ReplacementModel
+
+LAYERS, WIDTH, FEATURES = 12, 768, 3072
+ACTIVE, TOKENS, ROWS = 4449, 9, 64
+
+
+class GatheringSources(Sources):
+    """The reference: a copy of the gradient per pair, then one contraction over all pairs of a layer."""
+
+    def contract(
+        self, target: int, gradient: Float[Tensor, "row position d_model"], rows: Float[Tensor, "column row"]
+    ) -> None:
+        """As in `Sources`, the obvious way."""
+        pairs, _ = self._pairs[target]
+        gathered = gradient.float()[:, self.active.position[pairs]]
+        rows.index_add_(0, pairs, torch.einsum("rpd,pd->pr", gathered, self._kept[target]))
+        first = self.first_error + target * self.n_positions
+        rows[first : first + self.n_positions] = torch.einsum("rpd,pd->pr", gradient.float(), self.errors[target])
+
+
+def build(n_tokens: int) -> tuple[ReplacementModel, HostInputs]:
+    """Host and transcoder with random weights; thresholds such that 4,449 features fire on nine tokens."""
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=LAYERS, n_embd=WIDTH, n_head=12, n_positions=max(1024, n_tokens))
+    adapter = ModelAdapter(GPT2LMHeadModel(config).eval().requires_grad_(False), name="random-gpt2-small")
+    inputs = adapter.prepare_tokens(torch.randint(0, config.vocab_size, (1, n_tokens)))
+    transcoder = CrossLayerTranscoder(
+        CLTConfig(
+            num_features=FEATURES,
+            num_layers=LAYERS,
+            d_model=WIDTH,
+            activation_fn="jumprelu",
+            normalization_method="none",
+        )
+    )
+    reads = adapter.capture(inputs).inputs[:, 1:]
+    with torch.no_grad():
+        for layer, x in enumerate(reads):
+            wanted = (ACTIVE // LAYERS + (layer < ACTIVE % LAYERS)) * len(x) // (TOKENS - 1)
+            h = transcoder.preactivation(layer, x)
+            top = h.flatten().topk(wanted + 1).values[-2:].mean()
+            transcoder.log_threshold[layer].fill_(float(top.log()))
+    return ReplacementModel(adapter, transcoder.requires_grad_(False)), inputs
+
+
+def seconds(work: Callable[[], object], repeats: int) -> float:
+    """Median of several runs."""
+    times = []
+    for _ in range(repeats):
+        start = time.process_time()
+        work()
+        times.append(time.process_time() - start)
+    return statistics.median(times)
+
+
+def short(setting: Setting) -> dict[str, Any]:
+    """Ours against the reference on one batch of rows."""
+    active = setting.active
+    ids = (active.layer == LAYERS - 1).nonzero().squeeze(1)[:ROWS].tolist()
+    reads, _ = _reads(setting, ids)
+    sources = setting.sources
+    reference = GatheringSources(setting.linear, setting.transcoder, active, 1)
+    ours = Backward(setting.linear, setting.transcoder, sources, ROWS)
+    theirs = Backward(setting.linear, setting.transcoder, reference, ROWS)
+    difference = float((ours.rows(reads) - theirs.rows(reads)).abs().max())
+    fast, slow = seconds(lambda: ours.rows(reads), 5), seconds(lambda: theirs.rows(reads), 3)
+    return {
+        "seconds_per_row": fast / ROWS,
+        "reference_seconds_per_row": slow / ROWS,
+        "times_faster": slow / fast,
+        "largest_difference": difference,
+    }
+
+
+def long(setting: Setting, n_rows: int) -> dict[str, Any]:
+    """Seconds per row and peak memory of rows that go to disk."""
+    batch = min(automatic_batch_size(setting.linear), n_rows)
+    with tempfile.TemporaryDirectory() as folder:
+        store = RowStore(Path(folder), {}, setting.sources.n_columns)
+        start = time.process_time()
+        backward = Backward(setting.linear, setting.transcoder, setting.sources, batch)
+        forward = time.process_time() - start
+        start = time.process_time()
+        ids = torch.linspace(0, len(setting.active) - 1, n_rows).long().tolist()
+        for first in range(0, n_rows, batch):
+            _append(store, setting, backward, ids[first : first + batch])
+        per_row = (time.process_time() - start) / n_rows
+        on_disk = sum(file.stat().st_size for file in Path(folder).iterdir())
+    return {
+        "batch_size": batch,
+        "forward_seconds": forward,
+        "seconds_per_row": per_row,
+        "bytes_per_row": on_disk / n_rows,
+    }
+
+
+def main() -> None:
+    """Run one of the two and print a line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--rows", type=int, default=32, help="rows of a long prompt")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    model, inputs = build(options.tokens)
+    start = time.process_time()
+    with torch.no_grad():
+        setting = _setting(model, inputs, None, AttributionOptions())
+    prepared = time.process_time() - start
+    result = short(setting) if options.tokens <= 100 else long(setting, options.rows)
+    print(
+        json.dumps(
+            {
+                "benchmark": "attribution",
+                "tokens": options.tokens,
+                "active_features": len(setting.active),
+                "setting_seconds": prepared,
+                **result,
+                "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+                "threads": options.threads,
+                "torch": torch.__version__,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
