@@ -34,10 +34,13 @@ def fidelity_by_layers(reports: Mapping[str, Mapping[int, Report]]) -> Figure:
         for axis, (measure, label) in zip(figure.subplots(1, 3), _PANELS):
             for index, (name, by_count) in enumerate(reports.items()):
                 counts = sorted(by_count)
+                # Side by side, so that equal values do not hide each other.
+                places = np.array(counts) + 0.1 * (index - (len(reports) - 1) / 2)
                 values, low, high = _values([by_count[count][measure] for count in counts])
                 options = {"label": name, "color": _colour(name, index), "capsize": 3, "marker": "o", "ms": 4}
-                axis.errorbar(counts, values, [values - low, high - values], **options)
-            axis.set(xlabel="MLPs replaced, from the first", ylabel=label, ylim=(0, None if measure == "kl" else 1.02))
+                axis.errorbar(places, values, [values - low, high - values], **options)
+            axis.set(xlabel="MLPs replaced, from the first", ylabel=label)
+            axis.set_ylim(*((0, None) if measure == "kl" else (None, 1.005)))
             axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
         handles, names = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside upper center", ncols=len(names), fontsize=8)
