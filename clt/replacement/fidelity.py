@@ -127,8 +127,8 @@ def teacher_forced(replacement: Steerable, samples: Sequence[Sample], batch_size
         scored = scored_positions(inputs)
         host, ours = replacement.adapter.logits(inputs), replacement.logits(inputs)
         ablated = MeanAblated(replacement.adapter, means, replacement.layers).logits(inputs)
-        at_scored = (logits[scored.where] for logits in (host, ours, ablated))
-        sums.add(token_scores(*at_scored, scored.following), scored, start)
+        where = scored.where
+        sums.add(token_scores(host[where], ours[where], ablated[where], scored.following), scored, start)
         sums.add_by_kind(position_scores(host[inputs.is_token], ours[inputs.is_token]), inputs, start)
     return sums
 

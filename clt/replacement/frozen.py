@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -89,7 +89,8 @@ def _direct(steered: SteeredHost, inputs: HostInputs, edit: Edit, passes: Passes
     passes.begin(inputs.input_ids)
     writes = linear.writes + baseline_differences(steered, edit, linear.reads).to(linear.writes)
     final = linear.run(linear.embeddings[None], lambda layer, x: writes[layer][None])
-    return adapter.model.get_output_embeddings()(final)
+    head: Any = adapter.model.get_output_embeddings()
+    return head(final)
 
 
 def _constrained(steered: SteeredHost, inputs: HostInputs, edit: Edit, passes: Passes, layers: range) -> Change:

@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from clt.viz.plots import _STYLE, COLOURS, _figure
 
@@ -41,7 +42,7 @@ def fidelity_by_layers(reports: Mapping[str, Mapping[int, Report]]) -> Figure:
                 axis.errorbar(places, values, [values - low, high - values], **options)
             axis.set(xlabel="MLPs replaced, from the first", ylabel=label)
             axis.set_ylim(*((0, None) if measure == "kl" else (None, 1.005)))
-            axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         handles, names = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside upper center", ncols=len(names), fontsize=8)
     return figure
