@@ -34,16 +34,20 @@ from clt.worlds.features import FeaturesWorld, TrueFeatures
 
 # Activations are a few units here, where tanh with the default steepness of 4 is flat and moves nothing any more.
 _PENALTY = {"sparsity_lambda": 0.1, "sparsity_c": 0.3}
-# Four features per layer and token; top-k cannot follow how many there are on a token, so it is given both scopes.
+# Here few features are dead at a time, so the pull that brings them back may be strong.
+_PULL = {"preactivation_coef": 1e-2, "dead_feature_window": 3_000}
+_PULL_AND_AUX = {**_PULL, "aux_loss_factor": 1.0}
+# Four features per layer and token on average. Top-k keeps a fixed number of them: with five, its L0 stays below four.
 FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "relu": ({"activation_fn": "relu"}, _PENALTY),
     "jumprelu": ({"activation_fn": "jumprelu"}, _PENALTY),
-    "topk per layer": ({"activation_fn": "topk", "topk_k": 4}, {}),
-    "topk global": ({"activation_fn": "topk", "topk_k": 16, "topk_mode": "global"}, {}),
-    "batchtopk": (
-        {"activation_fn": "batchtopk", "batchtopk_k": 16},
-        {"aux_loss_factor": 1.0, "dead_feature_window": 3_000},
+    "topk, 5 per layer": ({"activation_fn": "topk", "topk_k": 5}, _PULL),
+    "topk, 16 over all layers": ({"activation_fn": "topk", "topk_k": 16, "topk_mode": "global"}, _PULL),
+    "batchtopk, 4 per layer": (
+        {"activation_fn": "batchtopk", "batchtopk_k": 4, "batchtopk_mode": "per_layer"},
+        _PULL_AND_AUX,
     ),
+    "batchtopk, 16 over all layers": ({"activation_fn": "batchtopk", "batchtopk_k": 16}, _PULL_AND_AUX),
 }
 
 

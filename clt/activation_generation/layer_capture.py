@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from clt.activation_generation.corpus import placed_image
 from clt.data.layer_files import LayerFileWriter
@@ -12,22 +11,21 @@ from clt.types import Sample
 
 
 def capture_layer_files(
-    adapter: ModelAdapter, samples: Sequence[Sample], folder: Path, *, n_targets: int, batch_size: int
-) -> int:
-    """Write `L{l}/batch_{i}_{x,y}.pt` and return how many pairs each layer has.
+    adapter: ModelAdapter, samples: Sequence[Sample], writer: LayerFileWriter, *, batch_size: int
+) -> None:
+    """Write the samples that the writer does not have yet.
 
     Args:
         adapter: the host.
         samples: prompts without the host's chat markup, which is added, with real line breaks.
-        n_targets: following layers per layer.
+        writer: of a new capture, or of one that was interrupted and had the same samples.
         batch_size: samples per forward pass.
 
     Raises:
         HostModelError: an image cannot be read; the message names file and sample.
         DatasetError: the folder is in use or the disk is full.
     """
-    writer = LayerFileWriter(folder, n_targets)
-    for start in range(0, len(samples), batch_size):
+    for start in range(writer.samples, len(samples), batch_size):
         batch = [placed_image(samples[place], adapter) for place in range(start, min(start + batch_size, len(samples)))]
         writer.append(adapter.capture(adapter.prepare(batch)))
-    return writer.n_files
+    writer.finish()

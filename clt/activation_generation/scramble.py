@@ -16,7 +16,7 @@ from jaxtyping import UInt8, UInt64
 from clt.data.codecs import Codec
 from clt.data.files import refusing_a_full_disk
 from clt.data.metadata import HDF5_FORMAT, METADATA_FILE, PROGRESS_FILE, Metadata
-from clt.data.sampler import Run
+from clt.data.sampler import one_run
 from clt.data.sources import Rows, ShardSource, open_local
 from clt.data.writer import ActivationWriter
 from clt.errors import DatasetError
@@ -75,7 +75,7 @@ def _scramble_one(folder: Path, target: Path, seed: int, memory_bytes: int) -> S
     shutil.rmtree(target / _BUCKETS, ignore_errors=True)
     (target / _BUCKETS).mkdir(parents=True)
     rng = np.random.default_rng(seed)
-    row_bytes = 2 * metadata.info.num_layers * metadata.info.d_model * source.read([Run(0, 0, 1)]).rows.element_size()
+    row_bytes = 2 * metadata.info.num_layers * metadata.info.d_model * source.read(one_run(0, 0, 1)).rows.element_size()
     n_buckets = max(1, -(-metadata.total_tokens * row_bytes // max(memory_bytes // 2, 1)))
     with refusing_a_full_disk(target, 2 * metadata.total_tokens * row_bytes):
         before = _deal(source, target / _BUCKETS, int(n_buckets), rng)
@@ -117,7 +117,7 @@ def _writer(target: Path, metadata: Metadata, folder: Path, seed: int) -> Activa
 def _blocks(source: ShardSource) -> Iterator[Rows]:
     for shard, record in enumerate(source.metadata.shards):
         for start in range(0, record.tokens, BLOCK_TOKENS):
-            yield source.read([Run(shard, start, min(record.tokens, start + BLOCK_TOKENS))])
+            yield source.read(one_run(shard, start, min(record.tokens, start + BLOCK_TOKENS)))
 
 
 def _deal(source: ShardSource, folder: Path, n_buckets: int, rng: np.random.Generator) -> int:

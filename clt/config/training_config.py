@@ -105,6 +105,8 @@ class TrainingConfig(Config):
     """How the weight grows: from zero over the whole run, after a delay, or not at all."""
     sparsity_lambda_delay_frac: float = 0.1
     """Share of the run before delayed_linear starts."""
+    sparsity_target_l0: float | None = None
+    """Raise the sparsity weight above its schedule until so many features per token and layer are on; None: don't."""
     sparsity_c: float = 4.0
     """Steepness of the tanh in the sparsity penalty (4 in Anthropic's January 2025 update, 1 in the seeds)."""
     sparsity_reduction: Literal["mean_tokens", "sum_tokens"] = "mean_tokens"
@@ -122,9 +124,9 @@ class TrainingConfig(Config):
     aux_k: int | None = None
     """Dead features used per token and layer by AuxK; None: half of d_model, at most 512."""
     k_anneal_steps: int = 0
-    """Steps over which topk's and batchtopk's k falls linearly from `k_anneal_start` times k to k."""
+    """Steps over which k (or sparsity_target_l0) falls linearly from `k_anneal_start` times its value to it."""
     k_anneal_start: float = 4.0
-    """How many times k the annealing starts from."""
+    """How many times it the annealing starts from."""
     dead_feature_window: int = 100_000
     """Tokens without firing after which a feature counts as dead during training."""
     log_interval: int = 10
@@ -175,6 +177,7 @@ class TrainingConfig(Config):
             checkpoint_interval=self.checkpoint_interval,
             keep_checkpoints=self.keep_checkpoints,
             sparsity_c=self.sparsity_c,
+            sparsity_target_l0=self.sparsity_target_l0,
         )
         require_one_of(owner, "precision", self.precision, ("fp32", "bf16", "fp16"))
         require_one_of(owner, "optimizer", self.optimizer, ("adam", "adamw", "adamw8bit"))

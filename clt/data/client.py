@@ -8,8 +8,11 @@ from urllib.parse import quote
 
 import httpx
 import stamina
+from jaxtyping import UInt8
+from torch import Tensor
 
 from clt.data.files import sha256_of
+from clt.data.transport import body_of, direct_transport
 from clt.errors import DatasetError
 
 TOKEN_VARIABLE = "CLT_SERVER_TOKEN"
@@ -54,10 +57,10 @@ class ServerClient:
         }
         token = token or os.environ.get(TOKEN_VARIABLE)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self._client = httpx.Client(
-            base_url=server_url.rstrip("/"), headers=headers, timeout=timeout_seconds, transport=transport
-        )
-        self._closing = weakref.finalize(self, self._client.close)
+        address: dict[str, Any] = {"base_url": server_url.rstrip("/"), "headers": headers, "timeout": timeout_seconds}
+        self._client = httpx.Client(**address, transport=transport)
+        self._rows = httpx.Client(**address, transport=transport or direct_transport())
+        self._closing = weakref.finalize(self, _close, self._client, self._rows)
 
     def close(self) -> None:
         """Close the connections."""
@@ -72,9 +75,9 @@ class ServerClient:
         """`info`, `norm_stats` or `manifest`."""
         return self._send("GET", f"{self._dataset_url}/{name}").content
 
-    def post(self, name: str, content: Any) -> bytes:
-        """Ask for rows."""
-        return self._send("POST", f"{self._dataset_url}/{name}", json=content).content
+    def rows(self, name: str, content: Any) -> UInt8[Tensor, " byte"]:
+        """Ask for rows, by the route `rows` or `slice`."""
+        return body_of(self._send("POST", f"{self._dataset_url}/{name}", through=self._rows, json=content))
 
     def upload(self, path: Path) -> None:
         """Send a shard in blocks, going on where an earlier upload broke off; the server compares its SHA-256.
@@ -107,11 +110,19 @@ class ServerClient:
         """Send `index.bin`."""
         self._send("POST", f"{self._dataset_url}/manifest", files={"manifest_file": ("index.bin", data)})
 
-    def _send(self, method: str, url: str, *, accept: tuple[int, ...] = (), **content: Any) -> httpx.Response:
+    def _send(
+        self,
+        method: str,
+        url: str,
+        *,
+        accept: tuple[int, ...] = (),
+        through: httpx.Client | None = None,
+        **content: Any,
+    ) -> httpx.Response:
         try:
             for attempt in stamina.retry_context(on=_is_worth_another_try, **self._retries):
                 with attempt:
-                    answer = self._client.request(method, url, **content)
+                    answer = (through or self._client).request(method, url, **content)
                     if answer.status_code not in accept:
                         answer.raise_for_status()
                     return answer
@@ -138,6 +149,11 @@ class ServerClient:
             f"{self.where}: the server answered {answer.status_code} to {asked}: "
             f"{answer.text[:500]}\n{ways_out.get(answer.status_code, 'Its log may say more.')}"
         )
+
+
+def _close(*clients: httpx.Client) -> None:
+    for client in clients:
+        client.close()
 
 
 def _is_worth_another_try(error: Exception) -> bool:

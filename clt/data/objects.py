@@ -15,7 +15,7 @@ from obstore.store import from_url
 from clt.data.hub import HUB_ERRORS, HUB_SCHEME, HubFolder
 from clt.data.metadata import METADATA_FILE, ROWS_FORMAT, STATISTICS_FILE, metadata_from_json
 from clt.data.rows import DATA_START, RowLayout
-from clt.data.sampler import Run
+from clt.data.sampler import Runs
 from clt.data.sources import Rows, ShardSource
 from clt.data.statistics import Statistics, read_statistics
 from clt.errors import DatasetError
@@ -89,19 +89,19 @@ class ObjectSource(ShardSource):
         self._whole: set[int] = set()
         self._columns: dict[int, dict[str, np.ndarray]] = {}
 
-    def read(self, runs: list[Run]) -> Rows:
-        total = sum(run.stop - run.start for run in runs)
+    def read(self, runs: Runs) -> Rows:
+        places = np.concatenate([[0], np.cumsum(runs[:, 2] - runs[:, 1])])
+        total = int(places[-1])
         rows = torch.empty(total, 2, self.layout.num_layers, self.layout.d_model, dtype=self.layout.torch_dtype)
         columns = {name: np.empty(total, dtype) for name, (_, dtype, _) in self.layout.columns.items()}
-        places = np.cumsum([0] + [run.stop - run.start for run in runs])
-        for shard in sorted({run.shard for run in runs}):
-            chosen = [i for i, run in enumerate(runs) if run.shard == shard]
-            blocks = self._ranges(shard, [runs[i] for i in chosen])
+        for shard in np.unique(runs[:, 0]).tolist():
+            chosen = np.flatnonzero(runs[:, 0] == shard)
+            blocks = self._ranges(shard, runs[chosen])
             for i, block in zip(chosen, blocks, strict=True):
                 part = slice(int(places[i]), int(places[i + 1]))
                 rows[part] = torch.frombuffer(bytearray(block), dtype=rows.dtype).view(rows[part].shape)
                 for name, column in columns.items():
-                    column[part] = self._column(shard)[name][runs[i].start : runs[i].stop]
+                    column[part] = self._column(shard)[name][runs[i, 1] : runs[i, 2]]
         tensors = {name: torch.from_numpy(column) for name, column in columns.items()}
         return Rows(rows, tensors["sample"], tensors["position"], tensors["kind"])
 
@@ -136,10 +136,8 @@ class ObjectSource(ShardSource):
             )
         self._whole.add(shard)
 
-    def _ranges(self, shard: int, runs: list[Run]) -> list[bytes]:
-        width = self.layout.row_bytes
-        starts = [DATA_START + run.start * width for run in runs]
-        ends = [DATA_START + run.stop * width for run in runs]
+    def _ranges(self, shard: int, runs: Runs) -> list[bytes]:
+        starts, ends = (DATA_START + runs[:, 1:] * self.layout.row_bytes).T.tolist()
         name = self.metadata.shards[shard].file
         if shard not in self._whole:
             self._require_whole(shard)

@@ -12,7 +12,7 @@ from clt.data.client import ServerClient
 from clt.data.manifest import tokens_per_chunk
 from clt.data.metadata import STATISTICS_FILE, DatasetInfo, Metadata, ShardRecord, metadata_from_json
 from clt.data.rows import DTYPES, RowLayout
-from clt.data.sampler import Run
+from clt.data.sampler import Runs, rows_of_runs
 from clt.data.sources import Rows, ShardSource
 from clt.data.statistics import Statistics, read_statistics
 from clt.data.wire import unpack_rows
@@ -33,11 +33,11 @@ class RemoteSource(ShardSource):
         info = self.metadata.info
         self.layout = RowLayout(info.num_layers, info.d_model, self.metadata.dtype)
 
-    def read(self, runs: list[Run]) -> Rows:
-        total = sum(run.stop - run.start for run in runs)
+    def read(self, runs: Runs) -> Rows:
+        total = int((runs[:, 2] - runs[:, 1]).sum())
         shape = (total, 2, self.layout.num_layers, self.layout.d_model)
         if self._is_ours:
-            data = self.client.post("rows", {"runs": runs})
+            data = self.client.rows("rows", {"runs": runs.tolist()})
             return unpack_rows(data, self.client.where, shape, self.layout.value_dtype)
         rows = torch.empty(shape, dtype=self.layout.value_dtype)
         places = _places(runs)
@@ -58,7 +58,7 @@ class RemoteSource(ShardSource):
 
     def _slice(self, shard: int, wanted: np.ndarray) -> torch.Tensor:
         number = int(self.metadata.shards[shard].file.split("_")[1].split(".")[0])
-        data = self.client.post(f"slice?chunk={number}", {"rows": wanted.tolist()})
+        data = self.client.rows(f"slice?chunk={number}", {"rows": wanted.tolist()})
         layout = self.layout
         expected = len(wanted) * layout.row_bytes
         if len(data) != expected:
@@ -66,7 +66,7 @@ class RemoteSource(ShardSource):
                 f"{self.client.where} sent {len(data):,} bytes for {len(wanted):,} rows of chunk {number}, but "
                 f"{expected:,} were expected as {layout.dtype}. The chunk or the metadata on the server is damaged."
             )
-        values = torch.frombuffer(bytearray(data), dtype=layout.torch_dtype)
+        values = data.view(layout.torch_dtype)
         return values.view(layout.num_layers, 2, len(wanted), layout.d_model).permute(2, 1, 0, 3)
 
     def _read_metadata(self) -> Metadata:
@@ -101,17 +101,10 @@ class RemoteSource(ShardSource):
         )
 
 
-def _places(runs: list[Run]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+def _places(runs: Runs) -> dict[int, tuple[np.ndarray, np.ndarray]]:
     """For each shard: where in the batch its rows go, and which rows those are, ascending."""
-    found: dict[int, list[np.ndarray]] = {}
-    at = 0
-    for shard, start, stop in runs:
-        pairs = np.stack([np.arange(at, at + stop - start), np.arange(start, stop)])
-        found.setdefault(shard, []).append(pairs)
-        at += stop - start
-    places = {}
-    for shard, parts in found.items():
-        pairs = np.concatenate(parts, axis=1)
-        pairs = pairs[:, np.argsort(pairs[1], kind="stable")]
-        places[shard] = (pairs[0], pairs[1])
-    return places
+    shards = np.repeat(runs[:, 0], runs[:, 2] - runs[:, 1])
+    rows = rows_of_runs(runs)
+    order = np.lexsort((rows, shards))
+    cuts = np.flatnonzero(np.diff(shards[order])) + 1
+    return {int(shards[places[0]]): (places, rows[places]) for places in np.split(order, cuts)}

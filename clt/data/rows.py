@@ -156,8 +156,9 @@ class RowFile:
     """
 
     def __init__(self, path: Path, layout: RowLayout, tokens: int) -> None:
+        if path.exists() and path.stat().st_size >= DATA_START:  # a wrong type should not be taken for a cut file
+            self._check_header(path, layout, tokens)
         require_size(path, layout.file_bytes(tokens), tokens)
-        self._check_header(path, layout, tokens)
         self.tokens = tokens
         self._bytes = torch.from_file(str(path), shared=False, size=layout.file_bytes(tokens), dtype=torch.uint8)
         at = DATA_START + tokens * layout.row_bytes

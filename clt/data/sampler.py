@@ -5,7 +5,7 @@ Each epoch puts the runs into a new order; a batch is the next so many rows of t
 a run. Only the order of the present epoch is kept: a few bytes per run, made again from (seed, epoch) when needed.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Int64
@@ -13,12 +13,20 @@ from jaxtyping import Int64
 SamplingStrategy = Literal["mixed", "random_chunk", "sequential"]
 
 
-class Run(NamedTuple):
-    """Rows `start` to `stop` (not included) of one shard."""
+Runs = Int64[np.ndarray, "run 3"]
+"""Runs of neighbouring rows: shard, first row, row after the last."""
 
-    shard: int
-    start: int
-    stop: int
+
+def one_run(shard: int, start: int, stop: int) -> Runs:
+    """Rows `start` to `stop` (not included) of one shard."""
+    return np.array([[shard, start, stop]], dtype=np.int64)
+
+
+def rows_of_runs(runs: Runs) -> Int64[np.ndarray, " token"]:
+    """The numbers of all rows, one run after the other."""
+    lengths = runs[:, 2] - runs[:, 1]
+    before = np.cumsum(lengths) - lengths
+    return np.repeat(runs[:, 1] - before, lengths) + np.arange(lengths.sum())
 
 
 class RunSampler:
@@ -55,7 +63,7 @@ class RunSampler:
         """Batches that hold every row once."""
         return -(-self.total // self.batch_size)
 
-    def batch(self, epoch: int, step: int) -> list[Run]:
+    def batch(self, epoch: int, step: int) -> Runs:
         """The runs that make up batch `step` of `epoch`, by shard and row, so that they are read in one sweep."""
         self._prepare(epoch)
         first, last = step * self.batch_size, min((step + 1) * self.batch_size, self.total)
@@ -65,7 +73,7 @@ class RunSampler:
         runs[-1, 2] -= int(self._ends[end - 1]) - last
         head = int(self._ends[begin - 1]) if begin else 0
         runs[0, 1] += first - head
-        return [Run(*run) for run in sorted(runs.tolist())]
+        return runs[np.lexsort((runs[:, 1], runs[:, 0]))]
 
     def _prepare(self, epoch: int) -> None:
         if self._epoch != epoch:
@@ -74,7 +82,7 @@ class RunSampler:
             self._epoch = epoch
 
 
-def _cut(shard_tokens: list[int], length: int) -> Int64[np.ndarray, "run field"]:
+def _cut(shard_tokens: list[int], length: int) -> Runs:
     parts = []
     for shard, tokens in enumerate(shard_tokens):
         starts = np.arange(0, tokens, length, dtype=np.int64)

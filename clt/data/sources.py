@@ -1,6 +1,5 @@
 """Where rows come from: a source knows its shards and reads runs of rows, and nothing of order or epochs."""
 
-import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +27,7 @@ from clt.data.metadata import (
 )
 from clt.data.quantise import dequantise
 from clt.data.rows import DTYPES, RowFile, RowLayout
-from clt.data.sampler import Run
+from clt.data.sampler import Runs, rows_of_runs
 from clt.data.statistics import Statistics, read_statistics
 from clt.errors import DatasetError
 
@@ -48,7 +47,7 @@ class ShardSource(ABC):
     metadata: Metadata
 
     @abstractmethod
-    def read(self, runs: list[Run]) -> Rows:
+    def read(self, runs: Runs) -> Rows:
         """The rows of some runs, one run after the other, in the type they are stored in (int8: as bfloat16)."""
 
     @abstractmethod
@@ -83,16 +82,16 @@ class LocalSource(ShardSource):
     ) -> Mapping[str, np.ndarray]:
         """Put some rows of a shard into `out`; returns the columns of the whole shard."""
 
-    def read(self, runs: list[Run]) -> Rows:
-        total = sum(run.stop - run.start for run in runs)
+    def read(self, runs: Runs) -> Rows:
+        total = int((runs[:, 2] - runs[:, 1]).sum())
         shape = (total, 2, self.layout.num_layers, self.layout.d_model)
         rows = self._pool.empty(shape, self.layout.value_dtype)
         columns = {"sample": np.empty(total, np.int64), "position": np.empty(total, np.int32)}
         columns["kind"] = np.empty(total, np.uint8)
         at = 0
-        for shard, group in itertools.groupby(runs, key=lambda run: run.shard):
-            chosen, n_tokens = _chosen(list(group))
-            stored = self.copy_rows(shard, chosen, rows[at : at + n_tokens])
+        for group in np.split(runs, np.flatnonzero(np.diff(runs[:, 0])) + 1):
+            chosen, n_tokens = _chosen(group)
+            stored = self.copy_rows(int(group[0, 0]), chosen, rows[at : at + n_tokens])
             for name, column in columns.items():
                 column[at : at + n_tokens] = stored[name][chosen]
             at += n_tokens
@@ -148,14 +147,12 @@ class Hdf5Source(LocalSource):
         return chunk.columns
 
 
-def _chosen(runs: list[Run]) -> tuple[slice | Int64[np.ndarray, " token"], int]:
+def _chosen(runs: Runs) -> tuple[slice | Int64[np.ndarray, " token"], int]:
     """Runs of one shard as an index: a slice if they are neighbours."""
-    _, starts, stops = np.array(runs, dtype=np.int64).T
-    if np.array_equal(stops[:-1], starts[1:]):
-        return slice(runs[0].start, runs[-1].stop), runs[-1].stop - runs[0].start
-    lengths = stops - starts
-    before = np.cumsum(lengths) - lengths
-    rows = np.repeat(starts - before, lengths) + np.arange(lengths.sum())
+    if np.array_equal(runs[:-1, 2], runs[1:, 1]):
+        start, stop = int(runs[0, 1]), int(runs[-1, 2])
+        return slice(start, stop), stop - start
+    rows = rows_of_runs(runs)
     return rows, len(rows)
 
 

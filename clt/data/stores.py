@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import torch
 
 from clt.config.base import require_positive
@@ -14,7 +15,7 @@ from clt.data.metadata import Metadata
 from clt.data.objects import ObjectSource, is_url
 from clt.data.prefetch import ReadAhead
 from clt.data.remote import RemoteSource
-from clt.data.sampler import Run, RunSampler, SamplingStrategy
+from clt.data.sampler import RunSampler, SamplingStrategy, one_run
 from clt.data.sources import Rows, ShardSource, open_local
 from clt.data.statistics import Statistics
 from clt.errors import DatasetError
@@ -151,20 +152,20 @@ class ManifestActivationStore(BaseActivationStore):
 
     def one_pass(self) -> Iterator[ActivationBatch]:
         """Every token once, in stored order; does not move the endless stream."""
-        pending: list[Run] = []
+        pending: list[np.ndarray] = []
         room = self.batch_size_tokens
         for shard, record in enumerate(self.metadata.shards):
             start = 0
             while start < record.tokens:
                 stop = min(record.tokens, start + room)
-                pending.append(Run(shard, start, stop))
+                pending.append(one_run(shard, start, stop))
                 room -= stop - start
                 start = stop
                 if room == 0:
-                    yield self._deliver(self.source.read(pending))
+                    yield self._deliver(self.source.read(np.concatenate(pending)))
                     pending, room = [], self.batch_size_tokens
         if pending:
-            yield self._deliver(self.source.read(pending))
+            yield self._deliver(self.source.read(np.concatenate(pending)))
 
     def verify(self) -> None:
         """Check every shard against its checksum.
@@ -256,30 +257,8 @@ class LocalActivationStore(ManifestActivationStore):
         DatasetError: the folder is missing, unfinished or damaged.
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        *,
-        batch_size_tokens: int = 4096,
-        seed: int = 42,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
-        drop_last: bool = False,
-        sampling_strategy: SamplingStrategy = "mixed",
-        run_tokens: int = 16,
-        prefetch_batches: int | None = None,
-    ) -> None:
-        super().__init__(
-            ObjectSource(str(path)) if is_url(path) else open_local(path),
-            batch_size_tokens=batch_size_tokens,
-            seed=seed,
-            dtype=dtype,
-            device=device,
-            drop_last=drop_last,
-            sampling_strategy=sampling_strategy,
-            run_tokens=run_tokens,
-            prefetch_batches=prefetch_batches,
-        )
+    def __init__(self, path: str | Path, **options: Any) -> None:
+        super().__init__(ObjectSource(str(path)) if is_url(path) else open_local(path), **options)
 
 
 class RemoteActivationStore(ManifestActivationStore):

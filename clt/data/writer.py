@@ -33,8 +33,8 @@ from clt.data.statistics import SIDES, RunningStatistics, statistics_to_json
 from clt.errors import ConfigError, DatasetError
 from clt.types import ActivationBatch, TokenKind
 
-STATISTICS_ROWS = 1024
-"""Rows summed up at once in float64, which bounds the memory it takes."""
+STATISTICS_BYTES = 2**22
+"""Of the float64 copy that is summed up at once: about what stays in a processor's cache."""
 
 
 class ActivationWriter:
@@ -216,8 +216,9 @@ class ActivationWriter:
         return self._file
 
     def _put(self, file: RowFileWriter, rows: Float[Tensor, "token side layer d_model"], columns: Columns) -> None:
-        for start in range(0, rows.shape[0], STATISTICS_ROWS):
-            part = slice(start, start + STATISTICS_ROWS)
+        block = max(16, STATISTICS_BYTES // (8 * rows[0].numel()))
+        for start in range(0, rows.shape[0], block):
+            part = slice(start, start + block)
             self._put_part(file, rows[part], {name: column[part] for name, column in columns.items()})
         counts = np.bincount(columns["kind"], minlength=len(TokenKind))
         kinds = tuple(int(old + new) for old, new in zip(self._progress.kinds, counts, strict=True))

@@ -93,7 +93,9 @@ class Captured:
             )
         value = value.detach()
         if self._kept is not None:
-            value = value.reshape(-1, self._d_model).index_select(0, self._kept.to(value.device))
+            value = value.reshape(-1, self._d_model)
+            if len(self._kept) < len(value):  # without padding, one copy is enough
+                value = value.index_select(0, self._kept.to(value.device))
         if layer == 0:
             stack = self._stacks.get(side)
             if stack is None or stack.shape[1:] != value.shape:

@@ -150,10 +150,14 @@ class Host:
 
     # --- running ----------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def logits(self, inputs: HostInputs) -> Float[Tensor, "row position vocabulary"]:
-        """What the host predicts after each position."""
-        return self.model(**self._arguments(inputs)).logits
+    def logits(self, inputs: HostInputs, *, gradient: bool = False) -> Float[Tensor, "row position vocabulary"]:
+        """What the host predicts after each position.
+
+        Args:
+            gradient: keep the graph, for what is put in place of the MLPs; the host's own weights never learn.
+        """
+        with torch.set_grad_enabled(gradient):
+            return self.model(**self._arguments(inputs)).logits
 
     def generate_from(
         self, inputs: HostInputs, decoding: Decoding, on_text: OnText | None = None

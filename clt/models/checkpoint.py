@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,5 +96,23 @@ def load_transcoder(
             f"{folder / WEIGHTS} does not fit {folder / CONFIG}:\n" + "\n".join(wrong[:8]) + "\n"
             "The two files are probably of different runs."
         )
+    require_dtypes(tensors, expected, folder / WEIGHTS)
     transcoder.load_state_dict(tensors)
     return transcoder
+
+
+def require_dtypes(
+    tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], path: str | os.PathLike[str]
+) -> None:
+    """Refuse weights of another type than their configuration names; a silent cast would change or bloat them.
+
+    Raises:
+        CheckpointError: naming a tensor and both types.
+    """
+    for name in sorted(tensors.keys() & expected.keys()):
+        found, wanted = (str(each[name].dtype).removeprefix("torch.") for each in (tensors, expected))
+        if found != wanted:
+            raise CheckpointError(
+                f"{path}: {name} is {found}, but {CONFIG} (clt_dtype) says {wanted}. They were probably cast after "
+                f'training. Set "clt_dtype": "{found}" in {CONFIG}, or cast the weights back.'
+            )

@@ -25,6 +25,7 @@ from clt.attribution.targets import TargetChoice
 from clt.errors import ConfigError
 from clt.replacement import ReplacementModel
 from clt.types import Sample
+from clt.viz.graph_page import write_graph_page
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,10 @@ class Options(AttributionOptions):
     """Also write circuit-tracer's and Neuronpedia's JSON, with graph-metadata.json, into this folder."""
     pt: Path | None = None
     """Also write circuit-tracer's .pt file."""
+    html: Path | None = None
+    """Also write a page that shows the graph in any browser, all in one file."""
+    features: Path | None = None
+    """Folder of feature examples and labels for --html."""
     work_dir: Path | None = None
     """Keep rows here while they are computed, so that the same command goes on after a kill."""
     dtype: str | None = None
@@ -76,6 +81,8 @@ class Options(AttributionOptions):
             )
         if self.minus is not None and len(self.target) != 1:
             raise ConfigError("--minus goes with exactly one --target: the two tokens whose logits are compared.")
+        if self.features is not None and self.html is None:
+            raise ConfigError("--features is for the page: give --html PAGE.html too, or use `clt serve graphs`.")
 
     @property
     def attribution(self) -> dict[str, object]:
@@ -116,6 +123,8 @@ def main(options: Options) -> None:
         )
     if options.pt is not None:
         write_circuit_tracer_pt(graph, options.pt)
+    if options.html is not None:
+        write_graph_page(folder, options.html, features=options.features)
     if options.json:
         print(json.dumps(summary(graph, pruned, folder), indent=2))
         return

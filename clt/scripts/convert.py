@@ -24,12 +24,15 @@ from clt.errors import ConfigError, DatasetError
 from clt.models import CrossLayerTranscoder
 from clt.scripts.train import split_folders
 from clt.training.convert import (
+    Adaptation,
     Calibration,
     Drift,
+    adapt,
     as_jumprelu,
     calibrate,
     common_cut,
     estimate_thresholds,
+    kept_per_layer,
     running_thresholds,
 )
 from clt.training.evaluator import evaluate
@@ -50,9 +53,12 @@ class Options:
     """Folder for the converted transcoder and `conversion.json`."""
     data: str | None = None
     """Activations; needed for everything but `running` without a report."""
-    method: Literal["auto", "running", "cut", "estimate", "import"] = "auto"
-    """running: batchtopk's own threshold, exactly; cut: one per layer on the ranking, for topk; estimate: crosslayer-
-    coding's, smallest kept activations, averaged; auto: running for batchtopk, else cut."""
+    method: Literal["auto", "running", "adapt", "cut", "estimate", "import"] = "auto"
+    """running: batchtopk's own threshold, exactly; cut: one per layer on the ranking, for topk; adapt: the same after
+    some training steps with such a cut; estimate: crosslayer-coding's, smallest kept activations, averaged; auto:
+    running for batchtopk, else adapt."""
+    adaptation: Annotated[Adaptation, tyro.conf.arg(name="adaptation")] = Adaptation()
+    """How long adapt trains."""
     norm_stats: str | None = None
     """norm_stats.json of the data that crosslayer-coding's weights were trained on; None: beside weights or data."""
     calibrate: Annotated[bool, tyro.conf.arg(aliases=("--l0-layerwise-calibrate",))] = False
@@ -88,7 +94,8 @@ class Options:
         require_positive(
             "convert", scale_factor=self.scale_factor, default_theta_value=self.default_theta_value,
             estimation_batches=self.estimation_batches, calibration_batches=self.calibration_batches,
-            report_batches=self.report_batches,
+            report_batches=self.report_batches, adaptation_steps=self.adaptation.steps,
+            adaptation_learning_rate=self.adaptation.learning_rate,
         )  # fmt: skip
 
 
@@ -106,6 +113,7 @@ class Parts:
         self._n_report = kept or options.report_batches
         self._n_calibrate = min(options.calibration_batches, max(1, steps // 5))
         self._n_estimate = min(options.estimation_batches, steps - kept - self._n_calibrate)
+        self._n_spoken_for = self._n_estimate + self._n_calibrate + kept
         if self._n_estimate < 1:
             raise DatasetError(
                 f"{train} has {self._store.total_tokens:,} tokens, {steps} batches of {options.batch_size_tokens:,}: "
@@ -125,6 +133,11 @@ class Parts:
         """The next."""
         return list(self._batches(self._n_estimate, self._n_calibrate))
 
+    def training(self, steps: int) -> Iterator[ActivationBatch]:
+        """Everything but the tokens to calibrate and report on, as often as it takes."""
+        free = [*range(self._n_estimate), *range(self._n_spoken_for, self._store.steps_per_epoch)]
+        return (next(self._batches(free[step % len(free)], 1)) for step in range(steps))
+
     def report(self) -> Iterator[ActivationBatch]:
         """Held-out tokens, or those of the order that come after."""
         if self._held_out is not None:
@@ -133,7 +146,7 @@ class Parts:
 
     def _batches(self, first: int, count: int) -> Iterator[ActivationBatch]:
         self._store.load_state_dict({**self._store.state_dict(), "epoch": 0, "step": first})
-        return islice(self._store, count)
+        yield from islice(self._store, count)
 
 
 def convert(options: Options) -> tuple[CrossLayerTranscoder, Drift | None]:
@@ -154,27 +167,50 @@ def convert(options: Options) -> tuple[CrossLayerTranscoder, Drift | None]:
             f"{options.clt} has activation_fn = {family!r}; only topk and batchtopk are converted. "
             "To write another project's weights as ours, give --method import."
         )
-    parts = None if options.data is None else Parts(options, model)
-    method = options.method if options.method != "auto" else ("running" if family == "batchtopk" else "cut")
-    if parts is None:
+    method = options.method if options.method != "auto" else ("running" if family == "batchtopk" else "adapt")
+    if method == "adapt" and family != "topk":
+        raise ConfigError(
+            f"--method adapt is for topk; {options.clt} is {family}, whose threshold is exact: --method running."
+        )
+    if options.data is None:
         if method != "running" or options.calibrate:
             raise ConfigError("Thresholds of this kind are found on activations. Give --data FOLDER.")
         return as_jumprelu(model, running_thresholds(model)), None
-    if method == "running":
-        theta = running_thresholds(model)
-    elif method == "cut":
-        theta = common_cut(model, parts.calibration())
-    else:
-        theta = estimate_thresholds(model, parts.estimation(), options.default_theta_value, options.scale_factor)
-    scales: list[float] = []
-    if options.calibrate:
-        scales = calibrate(model, theta, parts.calibration(), options.calibration)
-        theta = theta * torch.tensor(scales, device=theta.device)[:, None]
-    converted = as_jumprelu(model, theta)
-    drift = Drift(evaluate(model, parts.report()), evaluate(converted, parts.report()), scales)
+    parts = Parts(options, model)
+    estimate = None
+    if method == "estimate":  # first: another project's BatchTopK has no threshold before its choice is seen
+        estimate = estimate_thresholds(model, parts.estimation(), options.default_theta_value, options.scale_factor)
+    before = evaluate(model, parts.report())
+    converted, scales = _with_thresholds(model, parts, method, estimate, options)
+    drift = Drift(before, evaluate(converted, parts.report()), scales, method)
     if not options.force:
         drift.require_small(options.l0_tolerance, options.nmse_tolerance)
     return converted, drift
+
+
+def _with_thresholds(
+    model: CrossLayerTranscoder, parts: Parts, method: str, estimate: torch.Tensor | None, options: Options
+) -> tuple[CrossLayerTranscoder, list[float]]:
+    """The transcoder behind thresholds found by a method, and the scales of their calibration."""
+    tokens = parts.calibration()
+    kept = kept_per_layer(model, tokens)
+    match method:
+        case "running":
+            theta = running_thresholds(model)
+        case "adapt":
+            l0 = sum(kept) / len(kept) / sum(batch.n_tokens for batch in tokens)
+            model = adapt(model, parts.training(options.adaptation.steps), l0, options.adaptation)
+            theta = common_cut(model, tokens, kept)
+        case "cut":
+            theta = common_cut(model, tokens, kept)
+        case _:
+            assert estimate is not None
+            theta = estimate
+    scales: list[float] = []
+    if options.calibrate:
+        scales = calibrate(model, theta, tokens, kept, options.calibration)
+        theta = theta * torch.tensor(scales, device=theta.device)[:, None]
+    return as_jumprelu(model, theta), scales
 
 
 def _norm_stats(options: Options) -> Path | None:
@@ -186,9 +222,11 @@ def _norm_stats(options: Options) -> Path | None:
 
 
 def describe(drift: Drift) -> str:
-    """Before and after, in two lines."""
+    """Before and after, in a few lines."""
     before, after = drift.before, drift.after
+    trained = "All weights were trained on (adapt).\n" if drift.method == "adapt" else ""
     return (
+        f"{trained}"
         f"On {after.n_tokens:,} tokens not used for conversion: NMSE {before.nmse:.4f} -> {after.nmse:.4f} "
         f"({drift.nmse:+.2%}), L0 per layer {before.l0:.2f} -> {after.l0:.2f} (largest change {drift.l0:.2f})."
     )
@@ -199,7 +237,7 @@ def report_json(drift: Drift | None, method: str) -> str:
     if drift is None:
         how = "import" if method == "import" else "running, without activations"
         return json.dumps({"method": f"{how}: the same function"}, indent=2) + "\n"
-    values = {"l0_drift": drift.l0, "nmse_drift": drift.nmse, "scales": drift.scales}
+    values = {"method": drift.method, "l0_drift": drift.l0, "nmse_drift": drift.nmse, "scales": drift.scales}
     sides = {"before": drift.before.to_dict(), "after": drift.after.to_dict()}
     return json.dumps({**values, **sides}, indent=2) + "\n"
 

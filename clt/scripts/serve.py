@@ -7,6 +7,7 @@ Set CLT_SERVER_TOKEN to the token clients must send; without one the server only
 """
 
 import os
+import socket
 import webbrowser
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,8 @@ class Options:
     """activations: the root may hold this much; None: as much as the disk."""
     features: str | None = None
     """graphs: folder of the transcoder's feature examples; labels are kept there too."""
+    images: str | None = None
+    """graphs: folder of the images that the examples name."""
     model: Annotated[str | None, tyro.conf.arg(aliases=("--model-name",))] = None
     """graphs: host to steer live, a Hugging Face id, a folder or world:NAME; with --transcoder."""
     transcoder: Annotated[str | None, tyro.conf.arg(aliases=("--clt",))] = None
@@ -56,7 +59,9 @@ class Options:
             raise ConfigError(f"port = {self.port} must be between 1 and 65535.")
         if (self.model is None) != (self.transcoder is None):
             raise ConfigError("Live steering needs both --model and --transcoder, but only one of them is given.")
-        given = [f"--{name}" for name in ("features", "model", "transcoder") if getattr(self, name) is not None]
+        given = [
+            f"--{name}" for name in ("features", "images", "model", "transcoder") if getattr(self, name) is not None
+        ]
         if self.what == "activations" and given:
             raise ConfigError(f"{', '.join(given)} belongs to `clt serve graphs`, not to `clt serve activations`.")
 
@@ -70,6 +75,7 @@ def main(options: Options) -> None:
         limits = {"max_body_bytes": options.max_body_bytes, "quota_bytes": options.quota_bytes}
         uvicorn.run(create_app(root, token=token, **limits), host=options.host, port=options.port)
         return
+    _require_free_port(options.host, options.port)
     app = _graph_app(options, token)
     name = f"[{options.host}]" if ":" in options.host else options.host
     address = f"http://{name}:{options.port}/" + (f"?token={token}" if token else "")
@@ -79,13 +85,26 @@ def main(options: Options) -> None:
     uvicorn.run(app, host=options.host, port=options.port, log_level="warning")
 
 
+def _require_free_port(host: str, port: int) -> None:
+    """Before a model is loaded and an address printed."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"Cannot listen on {host}, port {port}: {error.strerror}. Try --port {port + 1}."
+            ) from None
+
+
 def _graph_app(options: Options, token: str | None) -> FastAPI:
     from clt.serve import graph_server
     from clt.serve.browser_guard import hosts_of
     from clt.serve.graph_library import GraphLibrary
 
-    features = None if options.features is None else Path(options.features)
-    library = GraphLibrary(Path(options.root or "./graphs"), features)
+    features, images = (None if name is None else Path(name) for name in (options.features, options.images))
+    library = GraphLibrary(Path(options.root or "./graphs"), features, images)
     steering = None
     if options.model is not None and options.transcoder is not None:
         from clt.replacement.loading import open_pair

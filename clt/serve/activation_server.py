@@ -6,20 +6,24 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any, no_type_check
 
+import numpy as np
+import torch
 from fastapi import Body, FastAPI, File, Header, Query, Request, Response, UploadFile
 from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
+from jaxtyping import Int64
 from pydantic import BaseModel, Field
 
 from clt import __version__
 from clt.data.files import sha256_of
 from clt.data.metadata import INDEX_FILE, METADATA_FILE, STATISTICS_FILE
-from clt.data.sampler import Run
+from clt.data.sampler import Runs
 from clt.data.wire import pack_rows
 from clt.errors import DatasetError
 from clt.serve.activation_storage import DatasetStorage, Refused
 from clt.serve.guards import Guards
+from clt.serve.parts import PartsResponse
 from clt.serve.slices import chunk_file, read_slice
 
 MAX_BODY_BYTES = 64 * 2**30
@@ -31,17 +35,20 @@ Overwrite = Annotated[bool, Header(alias="X-Overwrite")]
 Checksum = Annotated[str | None, Header(alias="X-Checksum-SHA256")]
 
 
+RowNumber = Annotated[int, Field(ge=0, le=2**31)]
+
+
 class SliceRequest(BaseModel):
     """Which rows of one chunk."""
 
-    rows: Annotated[list[Annotated[int, Field(ge=0, le=2**31)]], Field(max_length=MAX_ROWS)]
+    rows: Annotated[list[RowNumber], Field(max_length=MAX_ROWS)]
 
 
 class RowsRequest(BaseModel):
     """Runs `[shard, start, stop]` of a data set."""
 
     runs: Annotated[
-        list[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]],
+        list[tuple[RowNumber, RowNumber, RowNumber]],
         Field(min_length=1, max_length=MAX_ROWS),
     ]
 
@@ -59,7 +66,7 @@ def create_app(
     max_body_bytes: int = MAX_BODY_BYTES,
     quota_bytes: int | None = None,
 ) -> FastAPI:
-    """The application.
+    """The application; torch is set to one thread per request.
 
     Args:
         root: folder of the data sets.
@@ -67,6 +74,8 @@ def create_app(
         max_body_bytes: largest request.
         quota_bytes: how much the root may hold.
     """
+    # Requests run in threads of their own; more threads inside each would only wait for one another, spinning.
+    torch.set_num_threads(1)
     storage = DatasetStorage(Path(root), quota_bytes)
     app = FastAPI(title="crosslayer activation server", version=__version__)
     _add_errors(app)
@@ -148,16 +157,18 @@ def _add_reading(app: FastAPI, storage: DatasetStorage) -> None:
     @app.post("/datasets/{dataset_id:path}/rows")
     def rows(dataset_id: str, request: RowsRequest) -> Response:
         source = storage.source(dataset_id)
-        runs = [Run(*run) for run in request.runs]
-        _check_runs(runs, [shard.tokens for shard in source.metadata.shards])
-        return Response(pack_rows(source.read(runs)), media_type="application/octet-stream")
+        runs = np.array(request.runs, dtype=np.int64)
+        _check_runs(runs, np.array([shard.tokens for shard in source.metadata.shards]))
+        return PartsResponse(pack_rows(source.read(runs)))
 
 
-def _check_runs(runs: list[Run], shard_tokens: list[int]) -> None:
-    for shard, start, stop in runs:
-        if shard >= len(shard_tokens) or start >= stop or stop > shard_tokens[shard]:
-            raise Refused(400, f"There is no run of rows {start} to {stop} in shard {shard}.")
-    if sum(stop - start for _, start, stop in runs) > MAX_ROWS:
+def _check_runs(runs: Runs, shard_tokens: Int64[np.ndarray, " shard"]) -> None:
+    shard, start, stop = runs.T
+    known = shard_tokens[np.minimum(shard, len(shard_tokens) - 1)]
+    bad = np.flatnonzero((shard >= len(shard_tokens)) | (start >= stop) | (stop > known))
+    if len(bad):
+        raise Refused(400, f"There is no run of rows {start[bad[0]]} to {stop[bad[0]]} in shard {shard[bad[0]]}.")
+    if (stop - start).sum() > MAX_ROWS:
         raise Refused(400, f"More than {MAX_ROWS:,} rows were asked for at once.")
 
 

@@ -16,6 +16,7 @@ from clt.attribution.view import GraphView
 from clt.attribution.view_files import GRAPH_JSON, open_view
 from clt.discovery.feature_files import FeatureFiles
 from clt.discovery.labels import BY_HAND_FILE, LABELS_FILE, READER, FeatureLabel, read_labels, write_labels
+from clt.discovery.pictures import with_pictures
 from clt.errors import GraphError
 
 _NOTES = ".notes.json"
@@ -44,12 +45,13 @@ class Entry:
 class GraphLibrary:
     """The graphs under one folder, or the one graph that the folder or file is."""
 
-    def __init__(self, root: Path, features: Path | None = None) -> None:
+    def __init__(self, root: Path, features: Path | None = None, images: Path | None = None) -> None:
         """Check that both exist.
 
         Args:
             root: folder of graphs (graph folders and graph JSON files), one graph folder, or one graph JSON file.
             features: folder of the transcoder's feature examples; labels are kept there too.
+            images: folder of the images that examples name; besides it, only the folder of examples is looked in.
 
         Raises:
             GraphError: there is no such folder.
@@ -60,6 +62,7 @@ class GraphLibrary:
         self.root = root.resolve()
         self.files = None if features is None else FeatureFiles(features)
         self._label_folder = None if self.files is None else self.files.folder
+        self._picture_folders = [folder for folder in (images, self._label_folder) if folder is not None]
         self._views: OrderedDict[Path, tuple[float, GraphView]] = OrderedDict()
         self._lock = threading.RLock()
 
@@ -147,7 +150,8 @@ class GraphLibrary:
 
     def examples(self, layer: int, feature: int) -> dict[str, Any] | None:
         """A feature's examples; None if there are none."""
-        return None if self.files is None else self.files.read(layer, feature)
+        record = None if self.files is None else self.files.read(layer, feature)
+        return None if record is None else with_pictures(record, self._picture_folders)
 
 
 _PROMPT = re.compile(rb'"prompt"\s*:\s*("(?:[^"\\]|\\.)*")')

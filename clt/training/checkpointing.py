@@ -41,6 +41,8 @@ class Progress:
     """Tokens trained on so far, counting repeats."""
     seconds: float = 0.0
     """Time spent in training so far, over all sessions of the run."""
+    sparsity_factor: float = 1.0
+    """Of the sparsity weight, where it is steered to an L0."""
     best_step: int | None = None
     best_nmse: float | None = None
     """Of the evaluations on held-out tokens so far."""

@@ -1,23 +1,27 @@
 """From TopK or BatchTopK to JumpReLU: one fixed threshold per feature instead of a choice among features.
 
 Ways to the thresholds. *running*: BatchTopK's own inference threshold, which is the same function, exactly. *cut*: one
-cut per layer on what the family ranks by, at which as many features fire as its own choice keeps.
+cut per layer on what the family ranks by, at which as many features fire as its own choice keeps. *adapt*: the same
+after some training steps with such a cut, which TopK's weights are not made for.
 *estimate* (crosslayer-coding v1): the smallest kept activation of each batch, averaged over batches. Either may then be
 *calibrated*: one scale per layer, so that L0 per layer on some tokens is the original's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm import tqdm
 
+from clt.config import TrainingConfig
 from clt.errors import ConfigError, TrainingError
 from clt.models import CrossLayerTranscoder
 from clt.training.evaluator import Evaluation
+from clt.training.step import Engine
 from clt.types import ActivationBatch
 
 _SMALLEST = 1e-6
@@ -35,6 +39,15 @@ class Calibration:
     max_iterations: int = 15
 
 
+@dataclass(frozen=True, kw_only=True)
+class Adaptation:
+    """The training steps of *adapt*."""
+
+    steps: int = 200
+    learning_rate: float | None = None
+    """Falls linearly to zero; None: 2e-4 / sqrt(features per layer / 2^14), as in training."""
+
+
 @dataclass(frozen=True)
 class Drift:
     """What conversion changed on tokens that it has not used."""
@@ -43,6 +56,8 @@ class Drift:
     after: Evaluation
     scales: list[float] = field(default_factory=list)
     """One per layer; empty without calibration."""
+    method: str = "estimate"
+    """How thresholds were found; `adapt` changed the weights too."""
 
     @property
     def l0(self) -> float:
@@ -66,8 +81,8 @@ class Drift:
         raise TrainingError(
             f"The converted transcoder drifts: L0 of a layer by {self.l0:.2f} (tolerance {l0_tolerance}), NMSE "
             f"{self.before.nmse:.4f} -> {self.after.nmse:.4f}, {self.nmse:+.1%} (tolerance {nmse_tolerance:.0%}), on "
-            f"{self.after.n_tokens:,} tokens not used for conversion.\nEstimate on more batches, calibrate, or accept "
-            "it with --force."
+            f"{self.after.n_tokens:,} tokens not used for conversion.\nAdapt longer (--adaptation.steps), estimate on "
+            "more batches, calibrate, or accept it with --force."
         )
 
 
@@ -97,23 +112,65 @@ def estimate_thresholds(
 
 
 @torch.no_grad()
-def common_cut(model: CrossLayerTranscoder, batches: Sequence[ActivationBatch]) -> Float[Tensor, "layer feature"]:
-    """The thresholds that one cut per layer on the scores implies, with L0 on these tokens as it was.
+def kept_per_layer(model: CrossLayerTranscoder, batches: Iterable[ActivationBatch]) -> list[int]:
+    """How many features each layer has on at inference, over all tokens of these batches."""
+    total = torch.zeros(model.config.num_layers, dtype=torch.int64, device=model.b_dec.device)
+    for batch in batches:
+        total += (model.encode(batch.inputs.to(total.device)) > 0).sum((1, 2))
+    return total.tolist()
+
+
+@torch.no_grad()
+def common_cut(
+    model: CrossLayerTranscoder, batches: Sequence[ActivationBatch], kept: Sequence[int]
+) -> Float[Tensor, "layer feature"]:
+    """The thresholds that one cut per layer on the scores implies, with `kept` features of a layer on in all.
 
     TopK ranks a token's features by their scores, so a feature that just makes it on one token and one that just makes
     it on another have about the same score, however different their activations: the cut keeps what the ranking keeps.
     """
     rows = []
     for layer in range(model.config.num_layers):
-        scores, kept = [], 0
-        for batch in batches:
-            x = model.standardise_inputs(layer, batch.inputs[layer].to(model.b_dec.device))
-            scores.append(model.scores(layer, model.preactivation(layer, x)).flatten())
-            kept += int((_active(model, batch, layer) > 0).sum())
-        cut = torch.cat(scores).topk(max(kept, 1)).values[-1].float()
+        scores = [model.scores(layer, h).flatten() for h in _preactivations(model, batches, layer)]
+        cut = torch.cat(scores).topk(max(kept[layer], 1)).values[-1].float()
         norm = model.decoder_norm(layer).float().clamp_min(1e-12)
         rows.append(cut / norm if model.config.ranking == "norm" else cut.expand_as(norm))
     return torch.stack(rows).clamp_min(_SMALLEST)
+
+
+def adapt(
+    model: CrossLayerTranscoder, batches: Iterable[ActivationBatch], l0: float, adaptation: Adaptation
+) -> CrossLayerTranscoder:
+    """The transcoder as BatchTopK of the same L0, trained on for a while: used to a cut that all tokens share.
+
+    TopK gives easy tokens as many features as hard ones, and its weights rely on it; no fixed threshold does that, so
+    thresholds alone change what it computes. BatchTopK is TopK whose cut lies at the same score on all tokens of a
+    batch (Bussmann et al. 2024), which is what a threshold can express.
+
+    Args:
+        l0: features per token and layer.
+    """
+    config = model.config
+    scope = config.num_layers if config.topk_mode == "global" else 1
+    keeps = {"batchtopk_k": l0 * scope, "batchtopk_mode": config.topk_mode}
+    adapted = CrossLayerTranscoder(
+        config.replace(activation_fn="batchtopk", topk_k=None, **keeps), device=model.b_dec.device
+    )
+    adapted.load_state_dict(model.state_dict())
+    engine = Engine(
+        adapted,
+        TrainingConfig(
+            training_steps=adaptation.steps,
+            learning_rate=adaptation.learning_rate,
+            lr_scheduler="linear",
+            aux_loss_factor=None,
+            preactivation_coef=0.0,
+        ),
+    )
+    none_dead = torch.zeros(config.num_layers, config.num_features, dtype=torch.bool, device=model.b_dec.device)
+    for step, batch in enumerate(tqdm(batches, total=adaptation.steps, desc="adapting")):
+        engine.step(batch, step, none_dead)
+    return adapted
 
 
 def running_thresholds(model: CrossLayerTranscoder) -> Float[Tensor, "layer feature"]:
@@ -148,27 +205,20 @@ def calibrate(
     model: CrossLayerTranscoder,
     theta: Float[Tensor, "layer feature"],
     batches: Sequence[ActivationBatch],
+    kept: Sequence[int],
     options: Calibration,
 ) -> list[float]:
-    """One scale per layer at which thresholds scale * theta give the original's L0 on these (fixed) tokens."""
-    device = model.b_dec.device
+    """One scale per layer at which thresholds scale * theta leave `kept` features on, on these (fixed) tokens."""
     scales = []
-    for layer in range(model.config.num_layers):
-        h, wanted = [], 0
-        for batch in batches:
-            inputs = batch.inputs[layer].to(device)
-            h.append(model.preactivation(layer, model.standardise_inputs(layer, inputs)))
-            wanted += int((_active(model, batch, layer) > 0).sum())
-        every = torch.cat(h)
+    for layer, wanted in enumerate(kept):
+        every = torch.cat(list(_preactivations(model, batches, layer)))
         scales.append(_bisect(every, theta[layer], wanted / len(every), options))
     return scales
 
 
-def _active(model: CrossLayerTranscoder, batch: ActivationBatch, layer: int) -> Tensor:
-    inputs = batch.inputs.to(model.b_dec.device)
-    if model.config.activation_fn == "topk" and model.config.topk_mode == "global":
-        return model.encode(inputs)[layer]
-    return model.encode_layer(layer, inputs[layer])
+def _preactivations(model: CrossLayerTranscoder, batches: Sequence[ActivationBatch], layer: int) -> Iterator[Tensor]:
+    for batch in batches:
+        yield model.preactivation(layer, model.standardise_inputs(layer, batch.inputs[layer].to(model.b_dec.device)))
 
 
 def _bisect(h: Tensor, theta: Tensor, wanted: float, options: Calibration) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 from clt.config import CLTConfig
 from clt.errors import CheckpointError
 from clt.models import CrossLayerTranscoder
-from clt.models.checkpoint import WEIGHTS, read_tensors
+from clt.models.checkpoint import WEIGHTS, read_tensors, require_dtypes
 from clt.models.formats import build, detect, is_crosslayer_coding, read, read_crosslayer_coding
 
 _NAMES = (WEIGHTS, "clt.pt", f"final/{WEIGHTS}", "final/clt.pt")
@@ -39,8 +39,10 @@ def load_model(
         beside = file.parent / "norm_stats.json"
         return read_crosslayer_coding(tensors, options, norm_stats or (beside if beside.exists() else None), device)
     model = CrossLayerTranscoder(options, device=device)
+    tensors = {name.removeprefix("_orig_mod."): value for name, value in tensors.items()}
+    require_dtypes(tensors, model.state_dict(), file)
     try:
-        model.load_state_dict({name.removeprefix("_orig_mod."): value for name, value in tensors.items()})
+        model.load_state_dict(tensors)
     except RuntimeError as error:
         raise CheckpointError(f"{file} does not fit {config or file.parent / 'cfg.json'}: {error}") from None
     return model

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from clt.config import TrainingConfig
+from clt.config import CLTConfig, TrainingConfig
 from clt.models import CrossLayerTranscoder
 from clt.models.clt import TrainingForward
 from clt.models.codes import DenseCodes
@@ -48,6 +48,8 @@ class LossManager:
 
     def __init__(self, config: TrainingConfig) -> None:
         self.config = config
+        self.sparsity_factor = 1.0
+        """Multiplies the scheduled sparsity weight; moved by `steered` where there is a target for L0."""
 
     def compute(
         self,
@@ -78,10 +80,8 @@ class LossManager:
         )
 
     def _charges(self, model: CrossLayerTranscoder) -> bool:
-        """Whether active features pay: topk's number is fixed, batchtopk's too unless asked for."""
-        fn = model.config.activation_fn
-        paying = fn in ("relu", "jumprelu") or (fn == "batchtopk" and self.config.apply_sparsity_penalty_to_batchtopk)
-        return paying and self.config.sparsity_lambda > 0
+        """Whether active features pay."""
+        return pays_sparsity(model.config, self.config)
 
     def _pulls(self, model: CrossLayerTranscoder, dead: Tensor) -> bool:
         """Whether silent features are pulled back: jumprelu's all the time, topk's and batchtopk's once dead."""
@@ -108,7 +108,7 @@ class LossManager:
             price = price + span * span_price(model, forward, steepness)
         if self.config.sparsity_reduction == "mean_tokens":
             price = price / len(forward.reconstruction)
-        return sparsity_weight(self.config, step) * price
+        return sparsity_weight(self.config, step) * self.sparsity_factor * price
 
     def _preactivation(self, model: CrossLayerTranscoder, forward: TrainingForward, dead: Tensor) -> Tensor:
         """Pulls silent features towards their threshold (Anthropic, January 2025), so that they do not stay dead.
@@ -147,6 +147,13 @@ class LossManager:
             parts.append(model.decoders.part(layer, DenseCodes(active), names))
         left_over = error - model.add_windows(parts).to(error.dtype)
         return (self.config.aux_loss_factor or 0.0) * self._reconstruction(model, left_over)
+
+
+def pays_sparsity(model: CLTConfig, training: TrainingConfig) -> bool:
+    """Whether the loss has a sparsity penalty: topk's number of features is fixed, batchtopk's unless asked for."""
+    fn = model.activation_fn
+    paying = fn in ("relu", "jumprelu") or (fn == "batchtopk" and training.apply_sparsity_penalty_to_batchtopk)
+    return paying and training.sparsity_lambda > 0
 
 
 def span_price(model: CrossLayerTranscoder, forward: TrainingForward, steepness: float) -> Float[Tensor, ""]:

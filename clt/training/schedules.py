@@ -4,6 +4,8 @@ import math
 
 from clt.config import TrainingConfig
 
+_STEERINGS = 20
+
 
 def default_learning_rate(n_features: int) -> float:
     """2e-4 at 2^14 features per layer, growing with 1/sqrt(F) for smaller ones (Anthropic, January 2025)."""
@@ -45,3 +47,18 @@ def k_factor(config: TrainingConfig, step: int) -> float:
     if step >= config.k_anneal_steps:
         return 1.0
     return config.k_anneal_start + (1 - config.k_anneal_start) * step / config.k_anneal_steps
+
+
+def steered(config: TrainingConfig, factor: float, l0: float, step: int) -> float:
+    """The factor of the sparsity weight after a step with this L0 per layer; `factor` as it is without a target.
+
+    Integral control: its logarithm moves by a small share of that of L0 / target, so that it settles where L0 is on
+    target; at most by a factor of e per `training_steps / _STEERINGS` steps, and never below 1, where L0 is under the
+    target without any help. (Features switched off early hardly come back when the weight falls: it should come from
+    below, with the target annealed.)
+    """
+    if config.sparsity_target_l0 is None:
+        return factor
+    target = config.sparsity_target_l0 * k_factor(config, step)
+    miss = math.log(max(l0, 0.01 * target) / target)
+    return max(1.0, factor * math.exp(min(max(miss, -1.0), 1.0) * _STEERINGS / config.training_steps))

@@ -18,6 +18,7 @@ from clt.data.stores import (
 )
 from clt.errors import ConfigError
 from clt.models import ActivationStatistics, CrossLayerTranscoder
+from clt.training.losses import pays_sparsity
 from clt.types import ActivationBatch
 
 # Tokens from which the encoder biases are set before training.
@@ -98,6 +99,20 @@ def require_same_shape(config: CLTConfig, store: BaseActivationStore) -> None:
                 f"CLTConfig.{name} = {ours}, but the activations have {name} = {data}. They were probably "
                 f"captured from another host. Set {name} = {data} or capture again."
             )
+
+
+def require_penalty(config: CLTConfig, training: TrainingConfig) -> None:
+    """Refuse to steer a sparsity weight that nothing is multiplied by.
+
+    Raises:
+        ConfigError: naming the family and the weight.
+    """
+    if training.sparsity_target_l0 is not None and not pays_sparsity(config, training):
+        raise ConfigError(
+            f"sparsity_target_l0 = {training.sparsity_target_l0} steers the sparsity penalty, but there is none with "
+            f"activation_fn = {config.activation_fn!r} and sparsity_lambda = {training.sparsity_lambda}. Use relu or "
+            "jumprelu with a sparsity_lambda above 0; topk and batchtopk take their L0 as topk_k and batchtopk_k."
+        )
 
 
 def build_model(config: CLTConfig, store: BaseActivationStore, device: torch.device, seed: int) -> CrossLayerTranscoder:

@@ -72,7 +72,8 @@ class Engine:
         self.average = None if config.ema_decay is None else WeightAverage(model, config.ema_decay)
         self.n_skipped = 0
         """Steps left out because of a NaN or an infinity."""
-        self._pass = _Pass(model, LossManager(config))
+        self.losses = LossManager(config)
+        self._pass = _Pass(model, self.losses)
         if config.torch_compile:
             self._pass.compile()
 

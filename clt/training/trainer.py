@@ -21,10 +21,10 @@ from clt.training.evaluator import Evaluation, evaluate
 from clt.training.interrupts import Interrupts, TimeLimit
 from clt.training.losses import Losses
 from clt.training.run_folder import METRICS, RunFolder
-from clt.training.schedules import sparsity_weight
+from clt.training.schedules import sparsity_weight, steered
 from clt.training.seed_output import write_final_folder
 from clt.training.services import require_services, service_trackers
-from clt.training.setup import build_model, data_fingerprint, open_store, require_same_shape
+from clt.training.setup import build_model, data_fingerprint, open_store, require_penalty, require_same_shape
 from clt.training.step import Engine, StepResult
 from clt.training.trackers import JSONLTracker, ProgressTracker, Tracker
 from clt.types import ActivationBatch, choose_device
@@ -68,6 +68,7 @@ class CLTTrainer:
         if training_config.normalization_method is not None:
             clt_config = clt_config.replace(normalization_method=training_config.normalization_method)
         require_services(training_config)
+        require_penalty(clt_config, training_config)
         self.clt_config, self.config = clt_config, training_config
         self.device = choose_device(device)
         self.folder = RunFolder(log_dir)
@@ -174,12 +175,20 @@ class CLTTrainer:
 
     def update(self, batch: ActivationBatch) -> StepResult:
         """One optimiser step on one batch."""
+        self.engine.losses.sparsity_factor = self.progress.sparsity_factor
         result = self.engine.step(batch, self.step, self.dead.dead)
         if not result.skipped:
             self.dead.update(result.fired, batch.n_tokens)
+            self._steer(result)
         self.progress.step += 1
         self.progress.tokens_seen += batch.n_tokens
         return result
+
+    def _steer(self, result: StepResult) -> None:
+        """Move the sparsity weight towards the target L0, if there is one."""
+        if self.config.sparsity_target_l0 is not None:
+            l0 = float(result.fired.sum()) / (result.n_tokens * self.clt_config.num_layers)
+            self.progress.sparsity_factor = steered(self.config, self.progress.sparsity_factor, l0, self.step)
 
     # --- numbers ----------------------------------------------------------------------------------------------
 
@@ -196,7 +205,7 @@ class CLTTrainer:
         if self.config.loss_normalisation == "variance":
             numbers["nmse"] = numbers["reconstruction"] / layers
         numbers["learning_rate"] = self.engine.learning_rate
-        numbers["sparsity_lambda"] = sparsity_weight(self.config, self.step - 1)
+        numbers["sparsity_lambda"] = sparsity_weight(self.config, self.step - 1) * self.engine.losses.sparsity_factor
         numbers["tokens"] = self.progress.tokens_seen
         numbers["tokens_per_second"] = self.progress.tokens_seen / self.progress.seconds
         return numbers

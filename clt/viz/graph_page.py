@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
@@ -18,6 +18,7 @@ from clt.attribution.view import FEATURE, GraphView
 from clt.attribution.view_files import open_view
 from clt.discovery.feature_files import FeatureFiles
 from clt.discovery.labels import BY_HAND_FILE, LABELS_FILE, FeatureLabel, read_labels
+from clt.discovery.pictures import with_pictures
 
 PAGE = resources.files("clt.viz").joinpath("static")
 MOST_EDGES = 300_000
@@ -31,6 +32,7 @@ def write_graph_page(
     page: Path,
     *,
     features: Path | None = None,
+    images: Path | None = None,
     max_edges: int = MOST_EDGES,
     max_examples: int = MOST_EXAMPLES,
 ) -> None:
@@ -38,6 +40,7 @@ def write_graph_page(
 
     Args:
         features: folder of feature examples and labels.
+        images: folder of the images that examples name, besides that of the examples.
         max_edges: how many edges the page carries; it says so if there are more.
         max_examples: of how many features it carries the examples.
 
@@ -47,10 +50,8 @@ def write_graph_page(
     view = open_view(graph)
     notes = read_notes(graph / "notes.json" if graph.is_dir() else graph.with_name(f"{graph.stem}.notes.json"))
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(
-        graph_page(view, notes=notes, features=features, max_edges=max_edges, max_examples=max_examples),
-        encoding="utf-8",
-    )
+    limits = {"max_edges": max_edges, "max_examples": max_examples}
+    page.write_text(graph_page(view, notes=notes, features=features, images=images, **limits), encoding="utf-8")
 
 
 def graph_page(
@@ -58,6 +59,7 @@ def graph_page(
     *,
     notes: Mapping[str, Any] | None = None,
     features: Path | None = None,
+    images: Path | None = None,
     max_edges: int = MOST_EDGES,
     max_examples: int = MOST_EXAMPLES,
 ) -> str:
@@ -75,7 +77,8 @@ def graph_page(
     content["explained"] = {key: asdict(label) for key, label in explained.items()}
     content["notes"] = {**notes, "labels": {**notes["labels"], **by_hand}}
     content["has_examples"] = files is not None
-    examples = {} if files is None else _examples(view, files, max_examples)
+    folders = [] if files is None else [folder for folder in (images, files.folder) if folder is not None]
+    examples = {} if files is None else _examples(view, files, folders, max_examples)
     return _document(view, {"graph": content, "edges": _packed_edges(view, chosen), "examples": examples})
 
 
@@ -91,7 +94,7 @@ def _packed_edges(view: GraphView, chosen: np.ndarray) -> str:
     return base64.b64encode(b"".join(array.tobytes() for array in arrays)).decode()
 
 
-def _examples(view: GraphView, files: FeatureFiles, most: int) -> dict[str, Any]:
+def _examples(view: GraphView, files: FeatureFiles, folders: Sequence[Path], most: int) -> dict[str, Any]:
     nodes = np.flatnonzero(view.nodes.kind == FEATURE)
     nodes = nodes[np.argsort(np.nan_to_num(view.nodes.cumulative[nodes], nan=2.0), kind="stable")]
     pairs = dict.fromkeys((int(view.nodes.layer[node]), int(view.nodes.feature[node])) for node in nodes)
@@ -101,7 +104,7 @@ def _examples(view: GraphView, files: FeatureFiles, most: int) -> dict[str, Any]
             break
         record = files.read(layer, feature)
         if record is not None:
-            found[f"{layer}/{feature}"] = record
+            found[f"{layer}/{feature}"] = with_pictures(record, folders)
     return found
 
 

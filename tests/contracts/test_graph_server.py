@@ -4,6 +4,7 @@ import gzip
 import json
 
 import pytest
+from PIL import Image
 from starlette.testclient import TestClient
 
 from clt.attribution.view_files import open_view
@@ -12,6 +13,7 @@ from clt.errors import ConfigError, DatasetError, GraphError
 from clt.serve.browser_guard import hosts_of
 from clt.serve.graph_library import GraphLibrary
 from clt.serve.graph_server import create_app
+from clt.types import FeatureId
 from tests.synthetic_graphs import binary_record, write_examples, write_graph_folder
 
 
@@ -169,6 +171,26 @@ def test_examples_are_found_in_both_layouts(root, features):
         answer = browser.get(f"/api/graphs/dallas/features/{layer}/{feature}")
         assert answer.status_code == 422
         assert "cannot be read" in answer.json()["detail"]
+
+
+def test_images_of_examples_come_from_the_named_folder_only(root, features, tmp_path):
+    folder, ((layer, feature), *_) = features
+    path = folder / f"{FeatureId(layer, feature).number}.json"
+    record = json.loads(path.read_text())
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (500, 300), "red").save(tmp_path / "images" / "cat.png")
+    Image.new("RGB", (5, 5)).save(tmp_path / "secret.png")
+    examples = record["examples_quantiles"][0]["examples"]
+    for example, name in zip(examples, ["cat.png", "../secret.png", str(tmp_path / "secret.png"), "gone.png"]):
+        example["image_references"] = [{"image": name, "patch_activations": [0, 1, 2, 0]}]
+    path.write_text(json.dumps(record))
+    app = create_app(GraphLibrary(root, folder, tmp_path / "images"))
+    with TestClient(app, base_url="http://127.0.0.1:8000") as browser:
+        answer = browser.get(f"/api/graphs/dallas/features/{layer}/{feature}").json()
+    shown = [example.get("images", [{}])[0] for example in answer["examples_quantiles"][0]["examples"]]
+    assert shown[0]["src"].startswith("data:image/jpeg;base64,")
+    assert (shown[0]["rows"], shown[0]["columns"]) == (2, 2)
+    assert [picture.get("src") for picture in shown[1:4]] == ["", "", ""]
 
 
 def test_files_that_are_no_graphs_are_named_with_the_reason(root):

@@ -77,6 +77,7 @@ def trainer_of(data, run, family, moment="step:-1"):
         dead_feature_window=100,
         learning_rate=1e-2,
         ema_decay=0.9,
+        sparsity_target_l0=4.0 if family == "jumprelu" else None,
     )
     config = CLTConfig(num_features=24, num_layers=3, d_model=8, **FAMILIES[family])
     trackers = [KillAt(int(number))] if kind == "step" else []

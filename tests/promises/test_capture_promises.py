@@ -54,9 +54,10 @@ def capture(monkeypatch, command=CAPTURE, *more, **values):
 
 @pytest.mark.parametrize("command", [CAPTURE, AMBER])
 def test_the_command_writes_every_target_that_exists_and_no_other(here, monkeypatch, host, command):
-    capture(monkeypatch, command)
+    capture(monkeypatch, command, "--seed-layout")
     (folder,) = [path for path in here.iterdir() if "activations" in path.name]
-    assert sorted(path.name for path in folder.iterdir()) == [f"L{layer}" for layer in range(host.n_layers - 1)]
+    layers = [f"L{layer}" for layer in range(host.n_layers - 1)]
+    assert sorted(path.name for path in folder.iterdir()) == [*layers, "capture.json"]
     for layer in range(host.n_layers - 1):
         y = torch.load(folder / f"L{layer}" / "batch_0_y.pt", weights_only=True)
         assert set(y) == {"y", "targets", "n_targets"}
@@ -65,7 +66,7 @@ def test_the_command_writes_every_target_that_exists_and_no_other(here, monkeypa
 
 
 def test_the_files_hold_what_the_host_computes_from_a_prompt_with_real_line_breaks(here, monkeypatch, host):
-    capture(monkeypatch, CAPTURE, n_targets=1)
+    capture(monkeypatch, CAPTURE, "--seed-layout", n_targets=1)
     from clt.activation_generation.corpus import placed_image
 
     sample = placed_image(MultimodalDataset("path/to/queries.json", "path/to/images")[1], host)
@@ -116,11 +117,71 @@ def test_a_missing_or_broken_image_stops_the_capture_and_is_named(here, monkeypa
         image.unlink(missing_ok=True)
 
 
-def test_a_second_capture_is_not_mixed_with_the_first(here, monkeypatch, capsys):
+@pytest.mark.parametrize("n_targets", [1, 2, 16])
+def test_targets_are_stored_once_and_read_as_if_they_were_copied(here, monkeypatch, host, n_targets):
+    capture(monkeypatch, n_targets=n_targets)
+    capture(monkeypatch, CAPTURE, "--seed-layout", n_targets=n_targets, output_dir="copied")
+    for layer in range(host.n_layers - 1):
+        pairs = [VLMActivationDataset(folder, layer) for folder in ("my_activations", "copied")]
+        assert len(pairs[0]) == len(pairs[1]) == len(QUERIES)
+        for index in range(len(QUERIES)):
+            for once, copied in zip(pairs[0][index], pairs[1][index], strict=True):
+                assert torch.equal(once, copied)
+    numbers = sum(torch.load(path)["data"].numel() for path in here.glob("my_activations/targets/*/*.pt"))
+    inputs = sum(torch.load(path)["x"].numel() for path in here.glob("my_activations/L*/*_x.pt"))
+    assert numbers == inputs, "one output for each of the layers 1 to last, as there are inputs of 0 to last but one"
+
+
+@pytest.mark.parametrize("layout", [[], ["--seed-layout"]])
+def test_an_interrupted_capture_goes_on_to_the_same_files(here, monkeypatch, layout):
+    capture(monkeypatch, CAPTURE, *layout, output_dir="whole")
+    for writes in (2, 9, 10):
+        with monkeypatch.context() as patched:
+            patched.setattr("clt.data.layer_files.replace_file", stopping_after(writes))
+            with pytest.raises(SystemExit):
+                capture(monkeypatch, CAPTURE, *layout)
+    capture(monkeypatch, CAPTURE, *layout)
+    found = {
+        folder: {
+            str(path.relative_to(folder)): path.read_bytes() for path in (here / folder).rglob("*") if path.is_file()
+        }
+        for folder in (here / "whole", here / "my_activations")
+    }
+    assert found[here / "whole"] == found[here / "my_activations"]
+
+
+def stopping_after(writes):
+    left = iter(range(writes))
+
+    def replace(temporary, final):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        temporary.replace(final)
+
+    return replace
+
+
+def test_a_finished_capture_is_left_alone_and_another_is_not_mixed_with_it(here, monkeypatch, capsys):
     capture(monkeypatch)
+    capture(monkeypatch)
+    assert "already finished" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        capture(monkeypatch, n_targets=1)
+    assert "n_targets: 16 there, 1 now" in capsys.readouterr().err
+    (here / "my_activations" / "capture.json").unlink()
     with pytest.raises(SystemExit):
         capture(monkeypatch)
     assert "already holds a capture" in capsys.readouterr().err
+
+
+def test_a_linked_target_that_is_missing_or_elsewhere_is_refused(here, monkeypatch):
+    capture(monkeypatch)
+    (here / "my_activations" / "targets" / "L1" / "batch_0.pt").unlink()
+    with pytest.raises(DatasetError, match=r"batch_0.pt is missing"):
+        VLMActivationDataset("my_activations", 0)[0]
+    torch.save({"linked_targets": ["../../secret.pt"], "n_targets": 1}, "my_activations/L0/batch_1_y.pt")
+    with pytest.raises(DatasetError, match="outside its capture"):
+        VLMActivationDataset("my_activations", 0)[1]
 
 
 @pytest.mark.parametrize(

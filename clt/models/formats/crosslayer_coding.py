@@ -87,7 +87,7 @@ def read_crosslayer_coding(
 
 def portable(weights: TensorFile, config: CLTConfig, norm_stats: Path | None) -> Portable:
     """The same, one tensor at a time."""
-    config = config.replace(ranking="value", post_encoder="target")
+    config = config.replace(ranking="value", post_encoder="target", clt_dtype=_dtype(weights, config))
     if config.normalization_method == "mean_std" and norm_stats is None:
         raise CheckpointError(
             "This transcoder was trained on standardised activations (normalization_method = 'mean_std'), and "
@@ -98,6 +98,20 @@ def portable(weights: TensorFile, config: CLTConfig, norm_stats: Path | None) ->
     reader = _Reader(weights, config)
     statistics = None if norm_stats is None else read_norm_stats(norm_stats, config)
     return Portable(NAME, config, lambda: reader.tensors(statistics))
+
+
+def _dtype(weights: TensorFile, config: CLTConfig) -> Any:
+    """The type the weights are in: where the configuration is silent it takes theirs, else it must name it."""
+    name = next((each for each in sorted(weights.names) if each.endswith("weight")), None)
+    if name is None:
+        return config.clt_dtype  # what is missing is said where tensors are read
+    found = str(weights.tensor(name).dtype).removeprefix("torch.")
+    if config.clt_dtype not in (None, found):
+        raise CheckpointError(
+            f"{weights.path}: {name} is {found}, cfg.json says clt_dtype = {config.clt_dtype!r}. Put the type that the "
+            "weights are in there, or cast them to it."
+        )
+    return found
 
 
 def read_norm_stats(path: Path, config: CLTConfig) -> ActivationStatistics:

@@ -34,9 +34,10 @@ def test_each_epoch_has_every_row_exactly_once(shards, batch_size, run_tokens, s
     sampler = RunSampler(shards, batch_size, seed, strategy, run_tokens)
     batches = [sampler.batch(epoch, step) for step in range(sampler.steps_per_epoch)]
 
-    rows = [(run.shard, row) for batch in batches for run in batch for row in range(run.start, run.stop)]
+    runs = [run for batch in batches for run in batch.tolist()]
+    rows = [(shard, row) for shard, start, stop in runs for row in range(start, stop)]
     assert sorted(rows) == [(shard, row) for shard, tokens in enumerate(shards) for row in range(tokens)]
-    sizes = [sum(run.stop - run.start for run in batch) for batch in batches]
+    sizes = [int((batch[:, 2] - batch[:, 1]).sum()) for batch in batches]
     assert set(sizes[:-1]) <= {batch_size}
     assert 0 < sizes[-1] <= batch_size
 

@@ -79,9 +79,13 @@ def test_a_configuration_with_an_unknown_key_and_half_a_checkpoint(data, tmp_pat
     assert "no whole safetensors file" in refused(capsys, "evaluate", "--clt", tmp_path, "--data", data)
 
 
-def test_weights_of_another_type_are_read_as_the_configuration_says(tmp_path):
-    options = {"num_features": 24, "num_layers": 3, "d_model": 8, "activation_fn": "relu"}
+@pytest.mark.parametrize("command", ["evaluate", "convert"])
+def test_weights_of_another_type_than_the_configuration_says(data, tmp_path, capsys, command):
+    options = {"num_features": 24, "num_layers": 3, "d_model": 8, "activation_fn": "topk", "topk_k": 4}
     CrossLayerTranscoder(CLTConfig(**options, clt_dtype="bfloat16")).save_pretrained(tmp_path)
     config = tmp_path / "cfg.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "clt_dtype": "float32"}))
-    assert CrossLayerTranscoder.from_pretrained(tmp_path).W_enc[0].dtype.itemsize == 4
+    output = ("--output", tmp_path / "out") if command == "convert" else ()
+    message = refused(capsys, command, "--clt", tmp_path, "--data", data, *output)
+    assert "is bfloat16, but cfg.json (clt_dtype) says float32" in message
+    assert not (tmp_path / "out").exists()

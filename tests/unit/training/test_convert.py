@@ -1,17 +1,20 @@
 """Conversion to JumpReLU keeps the transcoder, or says that it does not."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from clt.config import CLTConfig, TrainingConfig
+from clt.data import ActivationWriter, DatasetInfo
 from clt.errors import CheckpointError, ConfigError, DatasetError, TrainingError
 from clt.models import CrossLayerTranscoder
 from clt.scripts import analyze_theta, convert
-from clt.training.convert import Calibration, _bisect, estimate_thresholds
+from clt.training.convert import Adaptation, Calibration, _bisect, estimate_thresholds
 from clt.training.loading import load_model
 from clt.training.trainer import CLTTrainer
+from clt.worlds.features import FeaturesWorld
 from tests.tiny_data import store_of, write_data
 
 FAMILIES = {
@@ -67,10 +70,47 @@ def test_estimated_and_calibrated_thresholds_keep_l0_on_other_tokens(data, train
 
 @pytest.mark.parametrize("family", ["topk", "global topk"])
 def test_one_cut_per_layer_keeps_l0_on_other_tokens(data, trained, tmp_path, family):
-    converted, drift = convert.convert(options_of(trained[family], tmp_path, data=str(data), force=True))
+    converted, drift = convert.convert(options_of(trained[family], tmp_path, data=str(data), method="cut", force=True))
     assert drift.l0 < 0.5
     cut = torch.stack([converted.threshold(layer) * converted.decoder_norm(layer) for layer in range(3)])
     torch.testing.assert_close(cut, cut[:, :1].expand_as(cut), rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory):
+    """Data of which a TopK keeps four features where two or eight are on, unlike any threshold."""
+    world = FeaturesWorld(n_layers=2, d_model=32, n_features=64, density=4 / 32)
+    folder = tmp_path_factory.mktemp("features")
+    info = DatasetInfo(model_name="world:features", dataset="features", split="train", num_layers=2, d_model=32)
+    with ActivationWriter(folder, info, shard_tokens=4000) as writer:
+        writer.append(world.activations("train", 12_000).batch)
+    return folder
+
+
+@pytest.mark.parametrize("options", [{"topk_k": 4}, {"topk_k": 8, "topk_mode": "global"}], ids=["per layer", "global"])
+def test_adapted_weights_keep_error_and_l0_on_other_tokens(features, tmp_path, options):
+    training = TrainingConfig(
+        training_steps=200, train_batch_size_tokens=256, activation_path=str(features), learning_rate=1e-2
+    )
+    config = CLTConfig(num_features=32, num_layers=2, d_model=32, activation_fn="topk", **options)
+    CLTTrainer(config, training, tmp_path / "run", "cpu", shows_progress=False).train()
+    asked = options_of(tmp_path / "run", tmp_path / "out", data=str(features), batch_size_tokens=256)
+    _, cut = convert.convert(replace(asked, method="cut", force=True))
+    converted, drift = convert.convert(replace(asked, adaptation=Adaptation(steps=60)))
+    assert drift.nmse < min(0.0, cut.nmse - 0.02), "weights that know of the cut do better with it"
+    assert drift.l0 < 0.5
+    assert converted.config.activation_fn == "jumprelu"
+
+
+def test_adaptation_sees_no_token_that_is_calibrated_or_reported_on(data, trained, tmp_path):
+    parts = convert.Parts(options_of(trained["topk"], tmp_path, data=str(data)), load_model(trained["topk"]))
+    names = [
+        {(int(s), int(p)) for b in batches for s, p in zip(b.sample, b.position)}
+        for batches in (parts.training(200), parts.calibration(), parts.report())
+    ]
+    assert len(names[0]) + len(names[1]) + len(names[2]) == 4000
+    assert not names[0] & (names[1] | names[2])
+    assert not names[1] & names[2]
 
 
 def test_the_estimate_is_the_mean_of_the_smallest_kept_activations(data, trained):
@@ -101,6 +141,7 @@ def test_a_drift_above_the_tolerance_is_an_error_and_writes_nothing(data, traine
 def test_the_command_writes_a_transcoder_and_a_report(data, trained, tmp_path, capsys):
     convert.main(options_of(trained["batchtopk"], tmp_path, data=str(data)))
     report = json.loads((tmp_path / "conversion.json").read_text())
+    assert report["method"] == "running"
     assert report["l0_drift"] == pytest.approx(0, abs=1e-6)
     assert CrossLayerTranscoder.from_pretrained(tmp_path).config.activation_fn == "jumprelu"
     analyze_theta.main(analyze_theta.Options(log_dir=str(tmp_path)))
@@ -112,6 +153,8 @@ def test_what_cannot_be_converted_is_refused(data, trained, tmp_path):
         convert.convert(options_of(trained["topk"], tmp_path))
     with pytest.raises(ConfigError, match="keeps no running threshold"):
         convert.convert(options_of(trained["topk"], tmp_path, data=str(data), method="running"))
+    with pytest.raises(ConfigError, match="adapt is for topk"):
+        convert.convert(options_of(trained["batchtopk"], tmp_path, data=str(data), method="adapt"))
     with pytest.raises(DatasetError, match="too few to estimate"):
         convert.convert(options_of(trained["topk"], tmp_path, data=str(data), batch_size_tokens=4000))
     convert.main(options_of(trained["batchtopk"], tmp_path / "jumprelu"))

@@ -91,12 +91,15 @@ export function place(boxes: Box[], links: Link[], width: number): Picture {
 
 /** Higher layers first; boxes of other layers join a row that has room and nothing they are linked with. */
 function makeRows(boxes: Box[], links: Link[], perRow: number): Box[][] {
-  const linked = new Set(links.filter(({ share }) => Math.abs(share) > 0.02).map((link) => `${link.source.key}\n${link.target.key}`))
+  const strongest = Math.max(0, ...links.map(({ share }) => Math.abs(share)))
+  const strong = links.filter(({ share }) => Math.abs(share) > 0.08 * strongest)
+  const linked = new Set(strong.map((link) => `${link.source.key}\n${link.target.key}`))
+  const top = Math.max(...boxes.map(({ layer }) => layer))
   const sorted = [...boxes].sort((a, b) => b.layer - a.layer || a.position - b.position)
   const rows: Box[][] = []
   for (const box of sorted) {
     const row = rows[rows.length - 1]
-    const joins = row && row.length < perRow && row.every((other) => !linked.has(`${box.key}\n${other.key}`))
+    const joins = row && row.length < perRow && (row[0].layer < top || box.layer === top) && row.every((other) => !linked.has(`${box.key}\n${other.key}`))
     if (joins) row.push(box)
     else rows.push([box])
   }
