@@ -26,6 +26,11 @@ COMMANDS = {
     "Benchmarks": {
         "bench": "Benchmarks of vision-language models: list, info, verify, score.",
     },
+    "Discovery": {
+        "discover": "Benchmark to steering: all phases in a row, skipping what is up to date.",
+        "phase": "One phase: capture, evaluate, classify, analyze, visualize, map, steer, attribute.",
+        "apply-neurons": "Fold a neuron patch into a plain host and save it.",
+    },
     "Transcoders": {
         "train": "Train a cross-layer transcoder on captured activations.",
         "sweep": "Train several configurations on one pass over the data; draw EV over L0.",

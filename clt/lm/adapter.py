@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Integer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from clt.errors import HostModelError
@@ -187,6 +187,15 @@ class ModelAdapter(Host):
             HostModelError: an MLP whose neurons cannot be told apart, such as a mixture of experts.
         """
         return [width_of(site.module) for site in self._down]
+
+    @property
+    def down_projections(self) -> list[nn.Module]:
+        """The layers that lead from each MLP's neurons back to the residual stream.
+
+        Raises:
+            HostModelError: an MLP whose neurons cannot be told apart.
+        """
+        return [site.module for site in self._down]
 
     @contextmanager
     def rewriting_neurons(self, change: Predict, layers: Sequence[int]) -> Iterator[None]:

@@ -66,12 +66,17 @@ class Choices:
         """The benchmark with the options that were given."""
         given = {each.name: getattr(self, each.name) for each in fields(Choices) if each.name != "option"}
         given = {key: value for key, value in given.items() if value is not None}
+        return benchmarks.load(name, **given, **self.extra())
+
+    def extra(self) -> dict[str, Any]:
+        """The further options."""
+        found: dict[str, Any] = {}
         for each in self.option:
             key, separator, value = each.partition("=")
             if not separator:
                 raise BenchmarkError(f"--option {each}: options are NAME=VALUE, such as good_cover=0.9.")
-            given[key.replace("-", "_")] = _value(value)
-        return benchmarks.load(name, **given)
+            found[key.replace("-", "_")] = _value(value)
+        return found
 
 
 @dataclass(frozen=True)

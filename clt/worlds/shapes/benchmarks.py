@@ -1,4 +1,4 @@
-"""The shapes world as two benchmarks: POPE-like questions and AMBER-like descriptions of scenes nobody trained on.
+"""The shapes world as benchmarks: POPE-like questions, AMBER-like descriptions, or both, of scenes nobody trained on.
 
 They need no files: scenes are drawn from their numbers. Registered through entry points, like anybody's benchmark.
 """
@@ -17,7 +17,7 @@ from clt.config.base import require_one_of, require_positive
 from clt.types import Sample
 from clt.worlds.base import SPLITS
 from clt.worlds.shapes import score, text
-from clt.worlds.shapes.world import ShapesWorld
+from clt.worlds.shapes.world import QUESTIONS_PER_SCENE, ShapesWorld
 
 SOURCE = "this package, docs/worlds.md"
 
@@ -127,7 +127,9 @@ class ShapesAmber(_Scenes):
         counts = count._asdict()
         del counts["id"]
         counts |= {"responses": 1, "with_invention": int(count.hallucinated > 0)}
-        details = {"mentioned": score.mentioned(response), "coverage": ratio(count.covered, count.truth)}
+        mentioned = score.mentioned(response)
+        invented = [kind for kind in mentioned if kind not in sample.meta["truth"]]
+        details = {"mentioned": mentioned, "invented": invented, "coverage": ratio(count.covered, count.truth)}
         return SampleScore(id=sample.id, counts=counts, details=details)
 
     def metrics(self, totals: Mapping[str, float]) -> dict[str, float]:
@@ -152,6 +154,57 @@ class ShapesAmber(_Scenes):
         if score.counts["hallucinated"]:
             return "bad"
         return "good" if score.counts["covered"] == score.counts["truth"] else "neither"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes(_Scenes):
+    """Both of the above on the same drawn scenes: a description of each, and six questions about it."""
+
+    n: int = 600
+    """How many scenes."""
+
+    about = About(
+        name="shapes",
+        summary="Descriptions of drawn scenes and POPE-like questions about them",
+        source=SOURCE,
+        license="MIT",
+        higher_is_better={"hal": False, "chair": False, "cover": True, "adversarial_accuracy": True, "accuracy": True},
+        max_new_tokens=40,
+    )
+
+    @cached_property
+    def _parts(self) -> tuple[ShapesAmber, ShapesPope]:
+        where = {"seed": self.seed, "split": self.split}
+        n_questions = QUESTIONS_PER_SCENE * self.n
+        return ShapesAmber(n=self.n, **where), ShapesPope(n=n_questions, **where)
+
+    def samples(self) -> Sequence[Sample]:
+        """Scene by scene: the request for a description, then the questions."""
+        described, asked = (part.samples() for part in self._parts)
+        size = QUESTIONS_PER_SCENE
+        return [each for n, one in enumerate(described) for each in (one, *asked[size * n : size * (n + 1)])]
+
+    def count(self, sample: Sample, response: str) -> SampleScore:
+        """As the part that the sample comes from counts."""
+        return self._parts["label" in sample.meta].count(sample, response)
+
+    def metrics(self, totals: Mapping[str, float]) -> dict[str, float]:
+        """Both parts' numbers."""
+        known = {name: totals.get(name, 0) for name in (*_AMBER_COUNTS, *totals)}
+        return {name: value for part in self._parts for name, value in part.metrics(known).items()}
+
+    def notes(self, totals: Mapping[str, float]) -> dict[str, Any]:
+        """Which scenes, unread answers, metrics without denominator."""
+        known = {name: totals.get(name, 0) for name in (*_AMBER_COUNTS, "unparsed", *totals)}
+        amber, pope = (part.notes(known) for part in self._parts)
+        return {**pope, **amber, "undefined": [*amber["undefined"], *pope["undefined"]]}
+
+    def verdict(self, score: SampleScore) -> Verdict:
+        """As the part that the sample comes from judges."""
+        return self._parts["label" in score.details].verdict(score)
+
+
+_AMBER_COUNTS = ("mentions", "hallucinated", "truth", "covered", "targeted", "responses", "with_invention")
 
 
 def _with_reference(sample: Sample, reference: str) -> Sample:

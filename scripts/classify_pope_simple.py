@@ -1,0 +1,7 @@
+"""The phase guide's phase 3 for POPE; `clt phase classify --help` for its flags."""
+
+import sys
+
+from clt.__main__ import main
+
+main(["phase", "classify", "--dataset", "pope", *sys.argv[1:]])
