@@ -154,6 +154,10 @@ class Record:
         """Take whatever the class was made of."""
         self.arguments = arguments
 
+    def __call__(self, *arguments: Any) -> Record:
+        """Where a file would call what a class gave it."""
+        return Record(*arguments)
+
     def __setstate__(self, state: Any) -> None:
         """Keep the state as it is."""
         self.state = state

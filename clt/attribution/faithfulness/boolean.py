@@ -34,9 +34,10 @@ _FEATURES, _K = 24, 4
 def measure_boolean(steps: int = 600) -> dict[str, Any]:
     """For the MLPs' own neurons, a CLT and a PLT, over all inputs of all formulas.
 
-    `gates_found`: share of the neurons that are on for which the pruned graph keeps a feature of the same layer that
-    fires on the same inputs; `short_cut`: share of the direct effects on the answer (yes minus no) that features of
-    the first layer have, 0 in the circuits; `right`: share of inputs that the replacement model answers rightly.
+    `gates_found`: where a neuron of the second layer is on, so that the circuit passes through it, share of the neurons
+    that are on for which the pruned graph keeps a feature of the same layer that fires on the same inputs;
+    `short_cut`: share of the direct effects on the answer (yes minus no) that features of the first layer have, 0 in
+    the circuits; `right`: share of inputs that the replacement model answers rightly.
     """
     results: dict[str, Any] = {}
     for kind in ("neurons", *WINDOWS):
@@ -57,9 +58,10 @@ def measure_formula(world: BooleanWorld, kind: str, steps: int) -> dict[str, flo
         graph = attribute(model, prompt, targets=[Contrast(YES, NO)], max_feature_nodes=None)
         kept = graph.prune().node_mask[: graph.n_features]
         shown = {(layer, tuple(patterns[layer, :, f].tolist())) for layer, _, f in graph.features[kept].tolist()}
+        passes = bool(world.neurons()[1, number].any())
         for layer, neurons in enumerate(world.neurons()):
             for neuron in neurons.T:
-                if neuron[number]:
+                if passes and neuron[number]:
                     possible += 1
                     found += (layer, tuple(neuron.tolist())) in shown
         short_cuts.append(_short_cut(graph))

@@ -1,8 +1,10 @@
 """The two-hop world: does a pruned graph hold the middle hop, and does changing it change the answer?
 
-"CITY is in the state whose capital is" has one known hop in the middle: the city's state, present at the city's second
-word. A feature *stands for* a state if at that position it fires for at least two thirds of the state's cities, and at
-least two thirds of the cities it fires for are the state's (looked up on all 72 cities, before any graph is computed).
+"CITY is in the state whose capital is" has one known hop in the middle: the city's state, computed at the city's second
+word and moved to the end. Cities of one state share no word, so a feature that fires for several of them, and for few
+others, has computed the state. It *stands for* the state at a position (counted from the second word) if there,
+whatever is asked, it fires for at least three of the state's six cities, and these are at least two thirds of all
+cities it fires for. This is looked up on all 72 cities and four relations, before any graph is computed.
 """
 
 from __future__ import annotations
@@ -19,41 +21,48 @@ from clt.attribution.faithfulness.host_runs import edited_logits
 from clt.attribution.prune import PrunedGraph
 from clt.replacement import ReplacementModel
 from clt.types import Sample
-from clt.worlds.two_hop.knowledge import STATES, cities
+from clt.worlds.two_hop.knowledge import ATTRIBUTES, STATES, cities
 from clt.worlds.two_hop.knowledge import attribute as attribute_of
 
-SHARE = 2 / 3
+SHARE, FEWEST = 2 / 3, 3
 
 
 class StateFeature(NamedTuple):
-    """A feature that stands for a state."""
+    """A feature that stands for a state at a position."""
 
     layer: int
+    offset: int
+    """Positions after the city's second word."""
     feature: int
     strength: float
     """Mean activation over the state's cities."""
 
 
 def state_features(model: ReplacementModel) -> dict[str, list[StateFeature]]:
-    """The features that stand for each state, at the city's second word."""
+    """The features that stand for each state."""
     names = cities()
-    by_city = torch.stack([_at_second_word(model, city) for city in names])
+    # What fires whatever is asked: of each city, the least activation over the relations.
+    by_city = torch.stack(
+        [torch.stack([_from_second_word(model, city, what) for what in ATTRIBUTES]).amin(0) for city in names]
+    )
     owner = torch.tensor([STATES.index(state) for state in names.values()])
+    fires = by_city > 0
     found: dict[str, list[StateFeature]] = {}
     for number, state in enumerate(STATES):
-        own, fires = owner == number, by_city > 0
-        hits = fires[own].sum(0)
-        stands = (hits >= SHARE * own.sum()) & (hits >= SHARE * fires.sum(0)) & (hits > 0)
-        strength = by_city[own].mean(0)
-        places = stands.nonzero().tolist()
-        found[state] = [StateFeature(layer, f, float(strength[layer, f])) for layer, f in places]
+        hits = fires[owner == number].sum(0)
+        stands = (hits >= FEWEST) & (hits >= SHARE * fires.sum(0))
+        strength = by_city[owner == number].mean(0)
+        found[state] = [
+            StateFeature(layer, offset, feature, float(strength[layer, offset, feature]))
+            for layer, offset, feature in stands.nonzero().tolist()
+        ]
     return found
 
 
-def _at_second_word(model: ReplacementModel, city: str) -> Float[Tensor, "layer feature"]:
-    inputs = model.adapter.prepare([Sample(id=city, prompt=f"{city} is in the state whose capital is")])
-    features = model.transcoder.encode(model.adapter.capture(inputs).inputs)
-    return features[:, second_word(model, city)]
+def _from_second_word(model: ReplacementModel, city: str, relation: str) -> Float[Tensor, "layer offset feature"]:
+    sample = Sample(id=city, prompt=f"{city} is in the state whose {relation} is")
+    features = model.transcoder.encode(model.adapter.capture(model.adapter.prepare([sample])).inputs)
+    return features[:, second_word(model, city) :]
 
 
 def second_word(model: ReplacementModel, city: str) -> int:
@@ -64,7 +73,7 @@ def second_word(model: ReplacementModel, city: str) -> int:
 def measure_middle_hop(model: ReplacementModel, questions: Sequence[Sample]) -> dict[str, Any]:
     """Shares of questions, and what changing the middle hop in the host does.
 
-    `right_state`: the pruned graph holds a feature at the city's second word that stands for the city's state;
+    `right_state`: the pruned graph holds a feature, where it stands for a state, that stands for the city's;
     `wrong_state`: one that stands for another state. `inhibited`: mean change of the answer's log-probability when the
     features of the right state are switched off in the host; `swapped`: share of questions whose answer becomes that
     of another state when its features are switched on instead.
@@ -92,9 +101,14 @@ def _question(model: ReplacementModel, question: Sample, known: dict[str, list[S
     city, state = question.meta["city"], question.meta["state"]
     place = second_word(model, city)
     graph = attribute(model, question, max_feature_nodes=None)
-    kept = _kept_features(graph.prune(), place)
-    right = {(each.layer, each.feature) for each in known[state]}
-    wrong = {(each.layer, each.feature) for name, group in known.items() if name != state for each in group}
+    kept = _kept_features(graph.prune())
+    right = {(each.layer, place + each.offset, each.feature) for each in known[state]}
+    wrong = {
+        (each.layer, place + each.offset, each.feature)
+        for name, group in known.items()
+        if name != state
+        for each in group
+    }
     row: dict[str, Any] = {
         "right_state": bool(kept & right),
         "wrong_state": bool(kept & wrong),
@@ -107,11 +121,11 @@ def _question(model: ReplacementModel, question: Sample, known: dict[str, list[S
     other = STATES[(STATES.index(state) + 5) % len(STATES)]
     if known[state]:
         answer = model.adapter.tokenizer(f" {question.meta['answer']}")["input_ids"][-1]  # pyright: ignore[reportOptionalCall]
-        off = [(each.layer, place, each.feature, 0.0) for each in known[state]]
+        off = [(each.layer, place + each.offset, each.feature, 0.0) for each in known[state]]
         before, after = edited_logits(model, inputs, [[], off])
         row["inhibited"] = float(after.log_softmax(0)[answer] - before.log_softmax(0)[answer])
         if known[other]:
-            on = [(each.layer, place, each.feature, each.strength) for each in known[other]]
+            on = [(each.layer, place + each.offset, each.feature, each.strength) for each in known[other]]
             swapped = edited_logits(model, inputs, [off + on])[0].argmax()
             wanted = model.adapter.tokenizer(  # pyright: ignore[reportOptionalCall]
                 f" {attribute_of(other, question.meta['relation'])}"
@@ -120,11 +134,10 @@ def _question(model: ReplacementModel, question: Sample, known: dict[str, list[S
     return row
 
 
-def _kept_features(pruned: PrunedGraph, position: int) -> set[tuple[int, int]]:
-    """Layer and feature of the features at a position that pruning kept."""
+def _kept_features(pruned: PrunedGraph) -> set[tuple[int, ...]]:
+    """Layer, position and feature of the features that pruning kept."""
     graph = pruned.graph
-    kept = pruned.node_mask[: graph.n_features] & (graph.features[:, 1] == position)
-    return {(layer, feature) for layer, _, feature in graph.features[kept].tolist()}
+    return {tuple(place) for place in graph.features[pruned.node_mask[: graph.n_features]].tolist()}
 
 
 def _mean(values: Sequence[float]) -> float | None:
