@@ -83,6 +83,7 @@ class CLTTrainer:
             self._options,
             {"fingerprint": data_fingerprint(self.store)},
             compared={"clt": clt_config.to_dict(), "training": training_config.affecting_the_result()},
+            defaults={"clt": type(clt_config).defaults(), "training": type(training_config).defaults()},
         )
         self.dead = DeadFeatureTracker(
             clt_config.num_layers, clt_config.num_features, training_config.dead_feature_window, self.device
