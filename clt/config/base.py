@@ -48,6 +48,12 @@ class Config:
         return cls(**values)
 
     @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """The JSON values of the fields that have one."""
+        fields = [f for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING]
+        return {f.name: f.default for f in fields}
+
+    @classmethod
     def from_json(cls: type[AnyConfig], path: str | Path) -> AnyConfig:
         """Read what `to_json` (or an older version, or a seed project) wrote."""
         path = Path(path)

@@ -47,6 +47,12 @@ class TrainingConfig(Config):
     """Tokens per forward and backward; gradients add up to the full batch's. batchtopk chooses per micro-batch."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of the computation; master weights, thresholds and the optimiser stay in the type of the parameters."""
+    route: Literal["auto", "dense", "sparse", "plain"] = "auto"
+    """How a step is computed, with the same result: by products, by gathers (auto: by density), or by autograd."""
+    recompute_encoder: bool = False
+    """relu, jumprelu: compute pre-activations again in backward instead of keeping them for all layers."""
+    optimizer_in_backward: bool = False
+    """Update each layer's weights as soon as its gradient is there, which is then freed; needs no gradient clipping."""
     torch_compile: bool = False
     """Compile forward and losses with torch.compile."""
     learning_rate: float | None = None
@@ -183,6 +189,7 @@ class TrainingConfig(Config):
         require_one_of(owner, "optimizer", self.optimizer, ("adam", "adamw", "adamw8bit"))
         require_one_of(owner, "loss_normalisation", self.loss_normalisation, ("variance", "none"))
         require_one_of(owner, "lr_scheduler", self.lr_scheduler, ("constant", "linear", "cosine", "linear_final20"))
+        require_one_of(owner, "route", self.route, ("auto", "dense", "sparse", "plain"))
         if self.lr_warmup_steps >= self.training_steps and self.lr_warmup_steps > 0:
             raise ConfigError(
                 f"{owner}.lr_warmup_steps = {self.lr_warmup_steps} leaves nothing of training_steps = "

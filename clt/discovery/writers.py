@@ -32,9 +32,8 @@ class EndpointWriter:
         """
         self.name = model
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._client = httpx.Client(
-            base_url=base_url.rstrip("/") + "/", headers=headers, timeout=_TIMEOUT_SECONDS, transport=transport
-        )
+        self._url = base_url.rstrip("/") + "/chat/completions"
+        self._options: dict[str, Any] = {"headers": headers, "timeout": _TIMEOUT_SECONDS, "transport": transport}
 
     def answer(self, system: str, question: str, max_tokens: int) -> str:
         """One completion at temperature 0; a busy server is asked again, up to 5 times.
@@ -44,7 +43,7 @@ class EndpointWriter:
         """
         messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
         body = {"model": self.name, "messages": messages, "temperature": 0, "max_tokens": max_tokens}
-        url = f"{self._client.base_url}chat/completions"
+        url = self._url
         try:
             response = self._post(body)
             return str(response.json()["choices"][0]["message"]["content"] or "")
@@ -60,8 +59,9 @@ class EndpointWriter:
 
     def _post(self, body: dict[str, Any]) -> httpx.Response:
         for attempt in stamina.retry_context(on=_is_passing, attempts=5, timeout=300):
-            with attempt:
-                return self._client.post("chat/completions", json=body).raise_for_status()
+            # An answer takes seconds; a connection of its own costs nothing beside it and is always closed.
+            with attempt, httpx.Client(**self._options) as client:
+                return client.post(self._url, json=body).raise_for_status()
         raise AssertionError("the last attempt raises")
 
 

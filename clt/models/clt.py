@@ -237,10 +237,10 @@ class CrossLayerTranscoder(BaseTranscoder):
         else:
             kept = count_kept(k, tokens, tokens * features)
             cut = torch.stack([batch_threshold(score, kept) for score in scores])
-        self._remember(cut)
+        self.remember_threshold(cut)
         return [SparseCodes.from_mask(x.relu(), s >= c) for x, s, c in zip(h, scores, cut, strict=True)]
 
-    def _remember(self, cut: Float[Tensor, " layer"]) -> None:
+    def remember_threshold(self, cut: Float[Tensor, " layer"]) -> None:
         """Running mean of the threshold, used at inference instead of the batch."""
         first = self.running_threshold == 0
         mixed = torch.lerp(cut.to(self.running_threshold), self.running_threshold, _THRESHOLD_MEMORY)

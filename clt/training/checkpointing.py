@@ -79,6 +79,7 @@ class Checkpoints:
             state = {
                 **asdict(progress),
                 "n_skipped": engine.n_skipped,
+                "route": None if engine.routes is None else engine.routes.route,
                 "scaler": engine.scaler.state_dict(),
                 "store": self._store.state_dict(),
             }
@@ -134,6 +135,8 @@ class Checkpoints:
         self._dead.silent_for.copy_(tensors["dead/silent_for"])
         torch.set_rng_state(tensors["rng/torch"])
         engine.n_skipped = state["n_skipped"]
+        if engine.routes is not None and state.get("route") is not None:
+            engine.routes.route = state["route"]
         if state["scaler"]:
             engine.scaler.load_state_dict(state["scaler"])
         for name in Progress.__dataclass_fields__:

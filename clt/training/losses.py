@@ -73,13 +73,13 @@ class LossManager:
         error = targets - forward.reconstruction.to(targets.dtype)
         zero = error.new_zeros(())
         return Losses(
-            self._reconstruction(model, error),
-            self._sparsity(model, forward, step) if self._charges(model) else zero,
+            self.reconstruction(model, error),
+            self._sparsity(model, forward, step) if self.charges(model) else zero,
             self._preactivation(model, forward, dead) if self._pulls(model, dead) else zero,
             self._auxiliary(model, inputs, error.detach(), dead) if self._revives(model) and dead.any() else zero,
         )
 
-    def _charges(self, model: CrossLayerTranscoder) -> bool:
+    def charges(self, model: CrossLayerTranscoder) -> bool:
         """Whether active features pay."""
         return pays_sparsity(model.config, self.config)
 
@@ -91,7 +91,8 @@ class LossManager:
     def _revives(self, model: CrossLayerTranscoder) -> bool:
         return self.config.aux_loss_factor is not None and model.config.activation_fn in ("topk", "batchtopk")
 
-    def _reconstruction(self, model: CrossLayerTranscoder, error: Tensor) -> Tensor:
+    def reconstruction(self, model: CrossLayerTranscoder, error: Tensor) -> Tensor:
+        """Squared error in the configured normalisation."""
         if self.config.loss_normalisation == "variance":
             return reconstruction_loss(error, model.target_variance)
         return (error / model.target_scale).square().mean(dim=(0, 2)).sum()
@@ -146,7 +147,7 @@ class LossManager:
             active = torch.zeros_like(h).scatter(1, chosen, values.relu())
             parts.append(model.decoders.part(layer, DenseCodes(active), names))
         left_over = error - model.add_windows(parts).to(error.dtype)
-        return (self.config.aux_loss_factor or 0.0) * self._reconstruction(model, left_over)
+        return (self.config.aux_loss_factor or 0.0) * self.reconstruction(model, left_over)
 
 
 def pays_sparsity(model: CLTConfig, training: TrainingConfig) -> bool:

@@ -49,6 +49,49 @@ def _eight_bit() -> Any:
     return AdamW8bit
 
 
+def clip_gradients(model: nn.Module, limit: float | None) -> Tensor:
+    """Scale all gradients together so that their norm is at most `limit`; returns the norm before.
+
+    On a CPU the gradients are not touched where nothing is to be done: that pass over them would cost as much as the
+    norm itself.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters], foreach=True)  # pyright: ignore
+    if limit is not None and (norm.device.type != "cpu" or norm > limit):
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm, foreach=True)
+    return norm.detach()
+
+
+def require_streaming(config: TrainingConfig, odd: str | None) -> None:
+    """Refuse what an optimiser that runs inside the backward pass cannot do.
+
+    Args:
+        config: asks for `optimizer_in_backward`, or not.
+        odd: an option that only autograd knows, as `field = value`.
+
+    Raises:
+        ConfigError: naming the option and why.
+    """
+    if not config.optimizer_in_backward:
+        return
+    needs_all = "needs the gradients of all layers before the first weight changes"
+    for name, allowed, why in (
+        ("gradient_clip_val", None, needs_all),
+        ("skip_nonfinite_steps", 0, needs_all),
+        ("micro_batch_tokens", None, "adds gradients up over several passes"),
+    ):
+        if getattr(config, name) != allowed:
+            raise ConfigError(
+                f"TrainingConfig.optimizer_in_backward does not go with {name} = {getattr(config, name)}, which {why}. "
+                f"Set {name} = {allowed}, or leave optimizer_in_backward off."
+            )
+    if odd is not None or config.route == "plain":
+        raise ConfigError(
+            f"TrainingConfig.optimizer_in_backward needs the hand-written step, which does not know "
+            f"{odd or 'route = plain'}. Leave one of the two at its default."
+        )
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
     """The same learning rate for every group."""
     for group in optimizer.param_groups:

@@ -72,13 +72,20 @@ class RunFolder:
                 f"{file} is not JSON (line {error.lineno}). Delete the folder to start over."
             ) from None
 
-    def begin(self, options: dict[str, Any], data: dict[str, Any], compared: dict[str, Any] | None = None) -> None:
+    def begin(
+        self,
+        options: dict[str, Any],
+        data: dict[str, Any],
+        compared: dict[str, Any] | None = None,
+        defaults: dict[str, Any] | None = None,
+    ) -> None:
         """Write run.json, or check that the run here was asked for in the same way.
 
         Args:
             options: all of them, for the record.
             data: what identifies the activations.
             compared: the options that decide the result; None: all.
+            defaults: what options are that a record of an older version does not know yet.
 
         Raises:
             ConfigError: the folder holds a run with other options or on other data; names each difference.
@@ -89,7 +96,7 @@ class RunFolder:
             record = {"options": options, "data": data, "versions": versions(), "commit": commit(), "finished": False}
             self._write({**record, "command": sys.argv})
             return
-        differences = list(_differences(_like(old, new), json.loads(json.dumps(new))))
+        differences = list(_differences(_like(old, new, {"options": defaults or {}}), json.loads(json.dumps(new))))
         if differences:
             raise ConfigError(
                 f"{self.path} already holds a run with other options:\n" + "\n".join(differences[:10]) + "\n"
@@ -167,10 +174,11 @@ class PendingCheckpoint:
         self._temporary.rename(self._path)
 
 
-def _like(old: Any, new: Any) -> Any:
+def _like(old: Any, new: Any, defaults: Any = None) -> Any:
     """The part of an old record that has the keys of a new one, where both are dictionaries."""
     if isinstance(old, dict) and isinstance(new, dict):
-        return {key: _like(old.get(key), new[key]) for key in new}
+        known = defaults if isinstance(defaults, dict) else {}
+        return {key: _like(old.get(key, known.get(key)), new[key], known.get(key)) for key in new}
     return old
 
 

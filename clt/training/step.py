@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Integer
@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from clt.config import TrainingConfig
-from clt.errors import TrainingError
+from clt.errors import ConfigError, TrainingError
 from clt.models import CrossLayerTranscoder
 from clt.training.diagnose import explain_nonfinite
 from clt.training.ema import WeightAverage
+from clt.training.explicit import ExplicitPass
 from clt.training.losses import Losses, LossManager
-from clt.training.optim import build_optimizer, set_learning_rate
+from clt.training.optim import build_optimizer, clip_gradients, require_streaming, set_learning_rate
+from clt.training.routes import RouteChooser, why_plain
 from clt.training.schedules import default_learning_rate, k_factor, learning_rate_factor
 from clt.types import ActivationBatch
 
@@ -70,12 +72,30 @@ class Engine:
         self.optimizer = build_optimizer(model, config, n_features)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.average = None if config.ema_decay is None else WeightAverage(model, config.ema_decay)
+        self._squares: list[Tensor] = []
+        self._touched = 1.0
         self.n_skipped = 0
         """Steps left out because of a NaN or an infinity."""
         self.losses = LossManager(config)
         self._pass = _Pass(model, self.losses)
+        self.routes = self._choose_routes()
+        """Chooses between the hand-written ways of a step; None: autograd computes it."""
         if config.torch_compile:
             self._pass.compile()
+        self._explicit = None if self.routes is None else ExplicitPass(model, self.losses)
+
+    def _choose_routes(self) -> RouteChooser | None:
+        """The hand-written step, unless it is not wanted or does not know an option."""
+        config, odd = self.config, why_plain(self.model.config, self.config)
+        require_streaming(config, odd)
+        if config.route == "plain" or (odd is not None and config.route == "auto"):
+            return None
+        if odd is not None:
+            raise ConfigError(
+                f"TrainingConfig.route = {config.route!r} does not know {odd}, which only autograd computes. "
+                "Use --route auto, or leave that option at its default."
+            )
+        return RouteChooser(self.model.config, config, self.device)
 
     @property
     def learning_rate(self) -> float:
@@ -88,38 +108,72 @@ class Engine:
         Raises:
             TrainingError: a loss or a gradient is not finite, more often than `skip_nonfinite_steps` allows.
         """
-        config = self.config
         before = self.model.running_threshold.clone()
         self.optimizer.zero_grad(set_to_none=True)
+        set_learning_rate(self.optimizer, self.peak_learning_rate * learning_rate_factor(self.config, step))
         result = self._accumulate(batch, step, dead)
+        if self.config.optimizer_in_backward:
+            return self._streamed(result, batch, step)
         self.scaler.unscale_(self.optimizer)
-        limit = config.gradient_clip_val or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit, foreach=True)
-        result = StepResult(result.losses, norm.detach(), result.fired, result.n_tokens)
+        norm = clip_gradients(self.model, self.config.gradient_clip_val)
+        result = replace(result, gradient_norm=norm)
         # The one wait for the device of a step: nothing may reach the weights before this is known.
         if not torch.isfinite(result.losses.total + norm):
             return self._skip(result, batch, step, before)
-        set_learning_rate(self.optimizer, self.peak_learning_rate * learning_rate_factor(config, step))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.average is not None:
             self.average.update()
         return result
 
+    def _streamed(self, result: StepResult, batch: ActivationBatch, step: int) -> StepResult:
+        """The end of a step whose weights were updated on the way: all that is left is to see that all was well."""
+        result = replace(result, gradient_norm=torch.stack(self._squares).sum().sqrt())
+        self._squares.clear()
+        if not torch.isfinite(result.losses.total + result.gradient_norm):
+            raise TrainingError(self._explain(result, batch, step))
+        if self.average is not None:
+            self.average.update()
+        return result
+
+    def _update(self, source: int) -> None:
+        """Take the gradients there are, of one source and what came before it, into the weights and free them."""
+        there = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        squares = [torch.linalg.vector_norm(parameter.grad).square() for parameter in there]  # pyright: ignore
+        self._squares.append(torch.stack(squares).sum())
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
     def _accumulate(self, batch: ActivationBatch, step: int, dead: Tensor) -> StepResult:
         """Gradients of the whole batch, a micro-batch at a time."""
         totals: dict[str, Tensor] = {}
         fired = torch.zeros_like(dead, dtype=torch.int64)
         for part in self._micro_batches(batch):
-            losses, on = self._run(part.to(self.device), step, dead)
-            losses = _weighted(losses, part.n_tokens / batch.n_tokens, self.config)
-            self.scaler.scale(losses.total).backward()
+            losses, on = self._gradients(part.to(self.device), step, dead, part.n_tokens / batch.n_tokens)
             fired += on
             for name in Losses.__dataclass_fields__:
                 value = getattr(losses, name).detach()
                 totals[name] = totals[name] + value if name in totals else value
+        self._observe(fired, batch.n_tokens, step)
         summed = Losses(**totals)
         return StepResult(summed, summed.total.new_zeros(()), fired, batch.n_tokens)
+
+    def _gradients(self, part: ActivationBatch, step: int, dead: Tensor, share: float) -> tuple[Losses, Tensor]:
+        """Add those of a micro-batch; its part of the losses, and on how many tokens each feature was on."""
+        if self._explicit is None or self.routes is None:
+            losses, on = self._run(part, step, dead)
+            losses = _weighted(losses, share, self.config)
+            self.scaler.scale(losses.total).backward()
+            return losses, on
+        streams = self.config.optimizer_in_backward
+        result = self._explicit.run(part, step, dead, self.routes.route, share, self._update if streams else None)
+        self._touched = result.touched
+        return result.losses, result.fired
+
+    def _observe(self, fired: Tensor, n_tokens: int, step: int) -> None:
+        """Let the density decide the next step's route."""
+        if self.routes is not None and self.routes.wants_density(step):
+            self.routes.observe(float(fired.sum()) / (n_tokens * fired.numel()), self._touched)
 
     def _micro_batches(self, batch: ActivationBatch) -> Iterator[ActivationBatch]:
         size = self.config.micro_batch_tokens or batch.n_tokens
@@ -150,7 +204,7 @@ class Engine:
         self.scaler.update()  # halves the scale
         self.optimizer.zero_grad(set_to_none=True)
         self.model.running_threshold.copy_(threshold)
-        return StepResult(result.losses, result.gradient_norm, result.fired, result.n_tokens, skipped=True)
+        return replace(result, skipped=True)
 
     def _explain(self, result: StepResult, batch: ActivationBatch, step: int) -> str:
         skipped = f" after {self.n_skipped} skipped steps" if self.n_skipped else ""

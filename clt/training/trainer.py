@@ -83,11 +83,14 @@ class CLTTrainer:
             self._options,
             {"fingerprint": data_fingerprint(self.store)},
             compared={"clt": clt_config.to_dict(), "training": training_config.affecting_the_result()},
+            defaults={"clt": type(clt_config).defaults(), "training": type(training_config).defaults()},
         )
         self.dead = DeadFeatureTracker(
             clt_config.num_layers, clt_config.num_features, training_config.dead_feature_window, self.device
         )
         self.checkpoints = Checkpoints(self.folder, self.engine, self.dead, self.store, self.progress)
+        self._waited = self._worked = 0.0
+        """Seconds spent on getting batches (from a stream: also on the host that makes them), and on steps."""
         self._extra_trackers = trackers
         self._shows_progress = shows_progress
         if not self.folder.is_finished:
@@ -156,7 +159,12 @@ class CLTTrainer:
 
     def _one_step(self, trackers: Sequence[Tracker]) -> None:
         config = self.config
-        result = self.update(next(self.store))
+        start = time.perf_counter()
+        batch = next(self.store)
+        waited = time.perf_counter()
+        result = self.update(batch)
+        self._waited += waited - start
+        self._worked += time.perf_counter() - waited
         self.progress.seconds = time.perf_counter() - self._clock
         last = self.step == config.training_steps
         values: dict[str, float] = {}
@@ -207,6 +215,7 @@ class CLTTrainer:
         numbers["learning_rate"] = self.engine.learning_rate
         numbers["sparsity_lambda"] = sparsity_weight(self.config, self.step - 1) * self.engine.losses.sparsity_factor
         numbers["tokens"] = self.progress.tokens_seen
+        numbers["data_share"] = self._waited / (self._waited + self._worked)
         numbers["tokens_per_second"] = self.progress.tokens_seen / self.progress.seconds
         return numbers
 

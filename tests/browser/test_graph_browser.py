@@ -14,7 +14,7 @@ from clt.serve.graph_library import GraphLibrary
 from clt.serve.graph_server import create_app
 from clt.serve.live_steering import LiveSteering
 from clt.viz.graph_page import write_graph_page
-from tests.browser.conftest import running
+from tests.running import running
 from tests.synthetic_graphs import write_examples, write_graph_folder
 from tests.tiny_hosts import plain_transcoder, tiny_adapter
 

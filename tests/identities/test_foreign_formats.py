@@ -237,6 +237,22 @@ class TestFilesThatMeanHarm:
             read(tmp_path)
 
 
+def test_types_are_kept_or_widened_but_never_narrowed(tmp_path):
+    foreign.circuit_tracer(tmp_path)
+    for path in tmp_path.glob("*.safetensors"):
+        save_file({name: value.bfloat16() for name, value in load_file(path).items()}, path)
+    assert build(read(tmp_path)).W_dec[0].dtype == torch.bfloat16
+    first = tmp_path / "W_enc_0.safetensors"
+    save_file({**load_file(first), "b_enc_0": torch.full((FEATURES,), 1 + 2**-12)}, first)
+    model = build(read(tmp_path))
+    assert model.b_enc[0][0] == 1 + 2**-12
+    second = tmp_path / "W_enc_1.safetensors"
+    save_file({name: value.bfloat16() for name, value in load_file(first).items()}, first)
+    save_file({name: value.float() for name, value in load_file(second).items()}, second)
+    with pytest.raises(CheckpointError, match="cannot hold"):
+        build(read(tmp_path))
+
+
 def test_batch_topk_without_a_threshold_needs_a_decision(tmp_path):
     forward = foreign.openmoss(tmp_path, act="topk")
     values = json.loads((tmp_path / "config.json").read_text())

@@ -48,7 +48,7 @@ def read(folder: Path) -> Portable:
     config = CLTConfig(
         num_features=features, num_layers=layers, d_model=width, normalization_method="none",
         activation_fn="jumprelu" if "threshold_0" in first else "relu",
-        clt_dtype=stored_as(first.tensor("b_enc_0")), **hooks,
+        clt_dtype=stored_as(*(first.tensor(name) for name in ("W_enc_0", "b_enc_0", "b_dec_0"))), **hooks,
     )  # fmt: skip
     return Portable(NAME, config, lambda: _tensors(folder, config))
 

@@ -54,7 +54,7 @@ def read(folder: Path) -> Portable:
         jumprelu_bandwidth=values.get("jumprelu_bandwidth") or 2.0, activation_fn="jumprelu",
         mlp_input_template="blocks.{}.ln2.hook_normalized", mlp_output_template="blocks.{}.hook_mlp_out",
         normalization_method="rms" if _SCALES[0][1] in files[0] else "none",
-        clt_dtype=stored_as(files[0].tensor("b_enc")),
+        clt_dtype=stored_as(files[0].tensor("b_enc"), files[0].tensor("b_dec"), files[0].rows("W_enc", 0)),
     )  # fmt: skip
     note = "It reads what enters the MLP after the norm, before the norm's learned scale (hook_normalized)."
     return Portable(NAME, config, lambda: _tensors(config, files), (note,))

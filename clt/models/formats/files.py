@@ -183,9 +183,12 @@ def log_of_threshold(theta: Tensor, what: str) -> Tensor:
     return theta.log()
 
 
-def stored_as(weights: Tensor) -> Literal["bfloat16", "float16"] | None:
-    """`CLTConfig.clt_dtype` for weights of this type; None is float32, which also double precision becomes."""
-    return {torch.bfloat16: "bfloat16", torch.float16: "float16"}.get(weights.dtype)  # pyright: ignore[reportReturnType]
+def stored_as(*weights: Tensor) -> Literal["bfloat16", "float16"] | None:
+    """`CLTConfig.clt_dtype` that holds all of these; None is float32, which also double precision becomes."""
+    types = {each.dtype for each in weights}
+    if types == {torch.bfloat16}:
+        return "bfloat16"
+    return "float16" if types == {torch.float16} else None
 
 
 def natural_order(names: Iterable[str]) -> list[str]:

@@ -52,7 +52,7 @@ def read(folder: Path) -> Portable:
         num_features=features, num_layers=layers, d_model=width, activation_fn=family,
         n_targets=1 if "decoder.W" in weights else None, normalization_method="none" if folded else "mean_std",
         mlp_input_template="blocks.{}.hook_resid_mid", mlp_output_template="blocks.{}.hook_mlp_out",
-        clt_dtype=stored_as(weights.tensor("encoder.W")),
+        clt_dtype=stored_as(weights.rows("encoder.W", 0)),
     )  # fmt: skip
     return Portable(NAME, config, lambda: _tensors(config, weights), ("It reads the residual stream before ln_2.",))
 

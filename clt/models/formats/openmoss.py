@@ -81,7 +81,7 @@ def _config(folder: Path, values: dict[str, Any], weights: TensorFile) -> CLTCon
         num_features=features, num_layers=layers, d_model=width, model_name=values.get("model_name"),
         ranking="norm" if values.get("sparsity_include_decoder_norm") else "value",
         normalization_method="rms" if norm == "dataset-wise" else "none",
-        clt_dtype=stored_as(weights.tensor("b_E")), **options,
+        clt_dtype=stored_as(weights.tensor("b_E"), weights.rows("W_E", 0)), **options,
     )  # fmt: skip
 
 

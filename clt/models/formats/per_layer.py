@@ -49,7 +49,7 @@ def join(name: str, count: int, read: Callable[[int], Layer], notes: tuple[str, 
     config = CLTConfig(**{
         "num_features": features, "num_layers": count, "d_model": width, "n_targets": 1, "activation_fn": family,
         "normalization_method": "none", "skip_connection": "none" if first.W_skip is None else "own",
-        "clt_dtype": stored_as(first.W_enc), **options,
+        "clt_dtype": stored_as(first.W_enc, first.b_enc, first.W_dec, first.b_dec), **options,
     })  # fmt: skip
 
     def tensors() -> Named:

@@ -115,6 +115,10 @@ class _Book:
                 f"{self._format}: {name} has the shape {tuple(value.shape)}; the configuration asks for "
                 f"{tuple(expected.shape)}. Configuration and weights are probably of different runs."
             )
+        if torch.promote_types(value.dtype, expected.dtype) not in (expected.dtype, torch.float64):
+            raise CheckpointError(
+                f"{self._format}: {name} is {value.dtype}, which {expected.dtype} cannot hold; the weights mix types."
+            )
         self._seen.add(name)
         self._open.discard(name)
 

@@ -5,14 +5,18 @@ import re
 
 import httpx
 import pytest
+from fastapi import FastAPI, Request, Response
 
 from clt.discovery.explain import ExplainSettings, Text, chosen_numbers, explain_feature, texts_of
 from clt.discovery.feature_files import FeatureFiles
 from clt.discovery.labels import FeatureLabel, read_labels, write_labels
-from clt.discovery.writers import CachedWriter, EndpointWriter
+from clt.discovery.writers import CachedWriter, EndpointWriter, LocalWriter
 from clt.errors import DatasetError, DiscoveryError
+from clt.lm import ModelAdapter
 from clt.scripts import explain
-from clt.types import FeatureId
+from clt.types import FeatureId, Sample
+from tests.running import running
+from tests.tiny_hosts import tiny_adapter
 
 WORDS = {"animals": ["cat", "dog", "horse", "goat"], "colours": ["red", "blue", "green", "black"]}
 
@@ -41,6 +45,18 @@ def knows_topics(request):
         lines = [line for line in question.splitlines() if re.match(r"\d+\. ", line)]
         answer = ", ".join(line.split(".")[0] for line in lines if re.search(pattern, line)) or "none"
     return httpx.Response(200, json={"choices": [{"message": {"content": answer}}]})
+
+
+def served():
+    """The same teacher behind a real socket."""
+    app = FastAPI()
+
+    @app.post("/v1/chat/completions")
+    async def complete(request: Request) -> Response:
+        answer = knows_topics(httpx.Request("POST", "http://teacher", content=await request.body()))
+        return Response(answer.content, media_type="application/json")
+
+    return running(app)
 
 
 def endpoint(handler=knows_topics):
@@ -141,12 +157,12 @@ def test_numbers_outside_the_list_do_not_count():
     assert chosen_numbers("well", 4) is None
 
 
-def test_the_command_labels_a_folder_and_asks_nothing_twice(tmp_path, monkeypatch, capsys):
+def test_the_command_labels_a_folder_and_asks_nothing_twice(tmp_path, capsys):
     for place, topic in enumerate(WORDS):
         (tmp_path / f"{FeatureId(place, 5).number}.json").write_text(json.dumps(examples_of(topic)))
-    monkeypatch.setattr(explain, "EndpointWriter", lambda *_: endpoint())
-    options = {"features": str(tmp_path), "model": "teacher", "base_url": "http://localhost/v1"}
-    explain.main(explain.Options(**options))
+    with served() as address:
+        options = {"features": str(tmp_path), "model": "teacher", "base_url": f"{address}/v1"}
+        explain.main(explain.Options(**options))
     labels = read_labels(tmp_path / "labels.json")
     assert {key: label.text for key, label in labels.items()} == {"0/5": "animals", "1/5": "colours"}
     assert labels["0/5"].detection == 1.0
@@ -167,3 +183,13 @@ def test_a_file_that_is_no_labels_is_refused(tmp_path):
     path.write_text('{"format": "something"}')
     with pytest.raises(DatasetError, match="Move it away"):
         read_labels(path)
+
+
+def test_a_local_model_answers_in_its_own_words(monkeypatch):
+    adapter = tiny_adapter("gpt2")
+    monkeypatch.setattr(ModelAdapter, "from_pretrained", lambda *_, **__: adapter)
+    writer = LocalWriter("a-folder")
+    answer = writer.answer("Label this.", "1. a <<b>>", 5)
+    sample = Sample(id="same", prompt="Label this.\n\n1. a <<b>>\n\nAnswer:")
+    assert answer == adapter.generate([sample], max_new_tokens=5)[0]
+    assert writer.name == "a-folder"
