@@ -92,12 +92,16 @@ def from_config(config: PreTrainedConfig, seed: int = 0, dtype: torch.dtype = to
     return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte; BOS in front; `<image>` is one token."""
+def tiny_tokenizer(more: tuple[str, ...] = (), **names: str) -> PreTrainedTokenizerFast:
+    """One token per byte; BOS in front; `<image>` is one token, and so are `more`.
+
+    Args:
+        names: which token is the tokenizer's `image_token`, `boi_token`, ...
+    """
     characters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate([*SPECIAL, *characters])}
+    vocabulary = {token: number for number, token in enumerate([*SPECIAL, *characters, *more])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.add_special_tokens(list(SPECIAL))
+    tokenizer.add_special_tokens([*SPECIAL, *more])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
@@ -106,7 +110,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
-        extra_special_tokens={"image_token": "<image>"},
+        extra_special_tokens=names or {"image_token": "<image>"},
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )

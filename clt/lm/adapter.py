@@ -20,6 +20,7 @@ from clt.lm.hooks import Captured, Change, Predict, Receive, Site
 from clt.lm.host import Host
 from clt.lm.inputs import HostInputs
 from clt.lm.linear import Decoder, LinearHost
+from clt.lm.linear_constants import Constants
 from clt.lm.loading import load_host
 from clt.lm.structure import (
     down_projection,
@@ -233,3 +234,16 @@ class ModelAdapter(Host):
         decoder = Decoder(self.model, self.hookpoints, self._pairs)
         places = [place % inputs.input_ids.shape[1] for place in keep]
         return decoder.record(self._arguments(inputs), places)
+
+    def patterns_of(self, inputs: HostInputs) -> Callable[[], AbstractContextManager[None]]:
+        """Record the attention patterns of one prompt; inside the context managers returned the host keeps to them.
+
+        Raises:
+            HostModelError: as `linearised`.
+        """
+        if inputs.n_rows != 1 or not bool(inputs.is_token.all()):
+            raise HostModelError(f"Patterns are held of one prompt without padding, not of {inputs.n_rows} rows.")
+        module, constants = Decoder(self.model, self.hookpoints, self._pairs).module, Constants()
+        with constants.holding_patterns(module):
+            self.logits(inputs)
+        return lambda: constants.holding_patterns(module)

@@ -128,7 +128,8 @@ class Host:
         if answers is None:
             nothing = torch.zeros(0, dtype=torch.long)
             answers = [answer_tokens(tokenizer, sample) if with_answer else nothing for sample in samples]
-        rows = [extended(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        model_type = self.model.config.model_type
+        rows = [extended(prompt, answer, model_type) for prompt, answer in zip(prompts, answers, strict=True)]
         inputs = assemble(rows, [sample.id for sample in samples], whole, self.token_ids, padding_side)
         check_length(inputs, self._longest)
         return inputs.to(self.device)

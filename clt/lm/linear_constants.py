@@ -90,6 +90,13 @@ class Constants:
             yield
         self._next = 0
 
+    @contextmanager
+    def holding_patterns(self, decoder: nn.Module) -> Iterator[None]:
+        """One pass with the attention patterns alone held: the first records them, all others replay."""
+        with _attention(self, decoder):
+            yield
+        self._next = 0
+
     def holding_pattern(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, None]:

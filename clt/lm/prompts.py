@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from clt.errors import HostModelError
 from clt.lm.forms import padded_to_square
 from clt.lm.inputs import Row
+from clt.lm.loading import quietly
 from clt.types import Sample
 
 
@@ -42,7 +43,8 @@ def image_prompts(
     try:
         prompts = [sample.prompt for sample in samples]
         options: dict[str, Any] = {"return_tensors": "pt", "padding": True}
-        batch = processor(text=prompts, images=images if any(images) else None, **options)
+        with quietly():
+            batch = processor(text=prompts, images=images if any(images) else None, **options)
     except (ValueError, IndexError, StopIteration) as error:
         raise HostModelError(
             f"The processor refused samples {_few(samples)}: {error}\n"
@@ -74,11 +76,19 @@ def answer_tokens(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Tensor:
     return torch.tensor(tokenizer(sample.answer, add_special_tokens=False)["input_ids"], dtype=torch.long)
 
 
-def extended(row: Mapping[str, Tensor], answer: Tensor) -> Row:
-    """A prompt with its answer behind it; answers are text, which every other per-position tensor writes as 0."""
+# How a model marks tokens that are read from left to right, where 0 means another thing: PaliGemma reads its prompt
+# (token type 0) in both directions and what follows (1) in one; with 0 an answer would see its own later tokens.
+_ANSWER_TYPES = {"paligemma": {"token_type_ids": 1}}
+
+
+def extended(row: Mapping[str, Tensor], answer: Tensor, model_type: str = "") -> Row:
+    """A prompt with its answer behind it, in what the model says about its positions: text, read from left to right."""
     answer = answer.cpu().long()
+    types = _ANSWER_TYPES.get(model_type, {})
     tensors = {
-        name: torch.cat([tensor, answer if name == "input_ids" else tensor.new_zeros(len(answer))])
+        name: torch.cat(
+            [tensor, answer if name == "input_ids" else tensor.new_full((len(answer),), types.get(name, 0))]
+        )
         for name, tensor in row.items()
     }
     return Row(tensors, len(answer))

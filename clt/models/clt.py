@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -31,6 +32,8 @@ from clt.models.standardise import ActivationStatistics, fit_scaling
 
 # Share of the old value in the running mean of batchtopk's threshold.
 _THRESHOLD_MEMORY = 0.99
+# Gathering a decoder row costs about as much as this many rows of a matrix product (measured on CPU, 1 to 512 tokens).
+_GATHER_COST = 32
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class CrossLayerTranscoder(BaseTranscoder):
         for name, tensors in lists.items():
             self.add_module(name, tensors)
         self.decoders = build_decoders(config, lists)
+        self._norms: dict[int, tuple[Any, Tensor]] = {}
         self.b_dec = nn.Parameter(torch.zeros(layers, width, **like))
         if config.activation_fn == "jumprelu":
             start = torch.full((features,), config.jumprelu_threshold, device=device).log()
@@ -147,13 +151,23 @@ class CrossLayerTranscoder(BaseTranscoder):
         if self.config.activation_fn == "batchtopk":
             running = self.running_threshold[layer]
             if self.config.ranking == "norm":
-                return running / self.decoder_norm(layer).detach().clamp_min(1e-12)
+                return running / self._known_norm(layer).clamp_min(1e-12)
             return running.expand(self.config.num_features)
         return torch.zeros_like(self.b_enc[layer])
 
     def decoder_norm(self, layer: int) -> Float[Tensor, " feature"]:
         """Length of each feature's decoder over all its targets, in standardised units."""
         return self.decoders.norm(layer)
+
+    def _known_norm(self, layer: int) -> Float[Tensor, " feature"]:
+        """The decoder norm, computed once for weights that do not change: per token it would cost a full read of them.
+
+        A tensor counts its changes in place, and has another address when it is replaced.
+        """
+        state = tuple((p.data_ptr(), p._version) for p in self.decoders.parameters_of(layer))
+        if self._norms.get(layer, (None,))[0] != state:
+            self._norms[layer] = (state, self.decoder_norm(layer).detach())
+        return self._norms[layer][1]
 
     def decoder_norms(self, layer: int) -> Float[Tensor, "target feature"]:
         """Length of each feature's decoder for each of its targets, in standardised units."""
@@ -267,7 +281,8 @@ class CrossLayerTranscoder(BaseTranscoder):
             )
         h = self.preactivation(layer, self.standardise_inputs(layer, inputs))
         if self.config.activation_fn == "topk":
-            chosen = topk_indices(self.scores(layer, h), self.config.topk_count)
+            scores = h.detach() * self._known_norm(layer).to(h.dtype) if self.config.ranking == "norm" else h.detach()
+            chosen = topk_indices(scores, self.config.topk_count)
             return torch.zeros_like(h).scatter(1, chosen, h.gather(1, chosen).relu())
         return keep_above(h, h > self.threshold(layer).to(h.dtype))
 
@@ -284,7 +299,7 @@ class CrossLayerTranscoder(BaseTranscoder):
     ) -> Float[Tensor, "target token d_model"]:
         """What one layer's features add to each MLP output of `config.targets_of(source)`, in the host's units."""
         targets = self.config.targets_of(source)
-        flat = self.decoders.part(source, DenseCodes(features.to(self.b_dec.dtype)))
+        flat = self.decoders.part(source, _compact(features.to(self.b_dec.dtype)))
         standard = flat.reshape(len(features), len(targets), self.config.d_model)
         scaled = standard / self.target_scale[targets.start : targets.stop].to(flat.dtype)
         return scaled.transpose(0, 1)
@@ -384,3 +399,12 @@ class CrossLayerTranscoder(BaseTranscoder):
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return push_folder(Path(folder), repo_id, private=private, token=token)
+
+
+def _compact(features: Float[Tensor, "token feature"]) -> Codes:
+    """Only what is on, where that is little; dense if a gradient must reach the features that are off."""
+    if features.requires_grad or features.numel() < _GATHER_COST**2:
+        return DenseCodes(features)
+    is_on = features != 0
+    few = int(is_on.sum()) * _GATHER_COST < is_on.numel()
+    return SparseCodes.from_mask(features, is_on) if few else DenseCodes(features)

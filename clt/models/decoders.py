@@ -29,6 +29,7 @@ class Decoders(ABC):
     def __init__(self, config: CLTConfig, parameters: dict[str, nn.ParameterList]) -> None:
         """Look at what `decoder_parameters` made."""
         self.config = config
+        self._parameters = parameters
         self.W_dec = parameters["W_dec"]
         self.post = PostEncoder(config, parameters.get("feature_offset"), parameters.get("feature_scale"))
 
@@ -71,6 +72,10 @@ class Decoders(ABC):
         scale = self.post.scale(source)
         return norms if scale is None else norms * scale.abs()
 
+    def parameters_of(self, source: int) -> list[Tensor]:
+        """Every parameter that the norms of a source depend on; of tied decoders all."""
+        return [tensor for tensors in self._parameters.values() for tensor in tensors]
+
     def norm(self, source: int) -> Float[Tensor, " feature"]:
         """Length of what each feature writes to all its targets together, per unit of activation."""
         return torch.linalg.vector_norm(self.pair_norms(source), dim=0)
@@ -99,6 +104,11 @@ class UntiedDecoders(Decoders):
             return codes.decode(weight.flatten(1))
         shift, scale = self.post.offset(source, features), self.post.scale(source, features)
         return codes.decode_each(weight, shift, scale, self._n_targets(source))
+
+    def parameters_of(self, source: int) -> list[Tensor]:
+        """The source's matrices, and whatever scales them."""
+        others = [tensor for name, each in self._parameters.items() if name != "W_dec" for tensor in each]
+        return [self.W_dec[source], *others]
 
     def weight(self, source: int) -> Float[Tensor, "feature target d_model"]:
         """The stored matrices themselves, where there is no scale."""

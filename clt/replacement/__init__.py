@@ -2,6 +2,7 @@
 
 from clt.replacement.bootstrap import Measure
 from clt.replacement.fidelity import FidelityReport, measure_fidelity
+from clt.replacement.frozen import steered_logits
 from clt.replacement.host import SteeredHost, SteeredNeurons
 from clt.replacement.intervention import Intervene, Intervention, Interventions
 from clt.replacement.model import ReplacementModel
@@ -20,4 +21,5 @@ __all__ = [
     "SteeredNeurons",
     "feature_std",
     "measure_fidelity",
+    "steered_logits",
 ]

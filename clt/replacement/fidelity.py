@@ -1,7 +1,8 @@
 """How faithful a replacement model is to its host, on held-out samples, with intervals.
 
 Teacher-forced measures average over positions: before each answer token, and (as `text`) before each text token of
-prompt and answer. KL(host || replacement) and cross entropies are in nats per position.
+prompt and answer; KL and top-1 also (as `at_image`, ...) at all positions of a kind. KL(host || replacement) and cross
+entropies are in nats per position.
     ce_increase      cross entropy of the replacement minus the host's
     loss_recovered   1 - ce_increase / (cross entropy with every MLP output at its mean - the host's)
     top1             share of positions where both hold the same token most probable
@@ -17,16 +18,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-from jaxtyping import Float64
+from jaxtyping import Integer
 from torch import Tensor
 
 from clt.config.base import require_positive
 from clt.errors import ConfigError, HostModelError
-from clt.lm import HostInputs, ModelAdapter
+from clt.replacement.ablation import MeanAblated, mean_outputs
 from clt.replacement.bootstrap import Measure, Resampled
-from clt.replacement.model import ReplacementModel
-from clt.replacement.scores import PerSample, answer_scores, scored_positions, token_scores
+from clt.replacement.scores import PerSample, answer_scores, position_scores, scored_positions, token_scores
+from clt.replacement.steerable import Steerable
 from clt.types import Sample
 
 
@@ -52,11 +52,14 @@ class FidelityReport:
     identical_answers: Measure
     text: Mapping[str, Measure]
     """The teacher-forced measures over all text positions."""
+    at: Mapping[str, Mapping[str, Measure]]
+    """KL and top-1 at every position of a kind (`text`, `image`, `special`), whatever follows it."""
 
     def measures(self) -> dict[str, Measure]:
-        """Every measure there is, those over all text positions as `text_...`."""
+        """Every measure there is, those over all text positions as `text_...`, those at a kind as `at_KIND_...`."""
         own = {name: value for name, value in vars(self).items() if isinstance(value, Measure)}
-        return {**own, **{f"text_{name}": value for name, value in self.text.items()}}
+        kinds = {f"at_{kind}_{name}": value for kind, each in self.at.items() for name, value in each.items()}
+        return {**own, **{f"text_{name}": value for name, value in self.text.items()}, **kinds}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `json.dump` takes them."""
@@ -65,17 +68,19 @@ class FidelityReport:
 
 
 def measure_fidelity(
-    replacement: ReplacementModel,
+    replacement: Steerable,
     samples: Sequence[Sample],
     *,
     max_new_tokens: int,
     batch_size: int = 16,
     n_resamples: int = 1000,
     seed: int = 0,
+    host_answers: Sequence[Integer[Tensor, " _position"]] | None = None,
 ) -> FidelityReport:
     """Compare replacement and host on samples neither was trained on.
 
     Args:
+        host_answers: the host's greedy answers, if known from a comparison before; None: generated.
         samples: with answers, or (plain text) without.
         max_new_tokens: length of the freely generated answers.
         n_resamples: bootstrap resamples of the samples.
@@ -93,56 +98,44 @@ def measure_fidelity(
             f"None of the {len(samples)} samples has a text token to predict. Give them longer prompts, or answers."
         )
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    answers = replacement.adapter.generate_ids(samples, **options), replacement.generate_ids(samples, **options)
-    free = Resampled(answer_scores(*answers), n_resamples, seed)
+    if host_answers is None:
+        host_answers = replacement.adapter.generate_ids(samples, **options)
+    scores = answer_scores(host_answers, replacement.generate_ids(samples, **options))
+    free = Resampled(scores, n_resamples, seed)
     text = _measures(Resampled(forced.text, n_resamples, seed))
     has_answers = bool(forced.answer["n"].sum() > 0)
     own = _measures(Resampled(forced.answer, n_resamples, seed)) if has_answers else text
     fields: dict[str, Any] = {"loss_recovered": None, "top1_filtered": None, **own}
     return FidelityReport(
         n_samples=len(samples),
-        n_layers_replaced=replacement.n_layers,
+        n_layers_replaced=len(replacement.layers),
         positions="answer" if has_answers else "text",
         token_match=_defined(free.ratio(free.total("matched"), free.total("generated"), "generated")),
         identical_answers=_defined(free.ratio(free.total("identical"), free.total("samples"), "samples")),
         text=text,
+        at={kind: _at_kind(Resampled(sums, n_resamples, seed)) for kind, sums in forced.kinds.items()},
         **fields,
     )
 
 
-def teacher_forced(replacement: ReplacementModel, samples: Sequence[Sample], batch_size: int) -> PerSample:
+def teacher_forced(replacement: Steerable, samples: Sequence[Sample], batch_size: int) -> PerSample:
     """Run host, replacement and mean-ablated host on the same texts and add up their scores per sample."""
     means = mean_outputs(replacement.adapter, samples, batch_size)
     sums = PerSample(len(samples))
     for start in range(0, len(samples), batch_size):
         inputs = replacement.adapter.prepare(samples[start : start + batch_size])
         scored = scored_positions(inputs)
-        logits = (
-            replacement.adapter.logits(inputs)[scored.where],
-            replacement.logits(inputs)[scored.where],
-            _ablated_logits(replacement, inputs, means)[scored.where],
-        )
-        sums.add(token_scores(*logits, scored.following), scored, start)
+        host, ours = replacement.adapter.logits(inputs), replacement.logits(inputs)
+        ablated = MeanAblated(replacement.adapter, means, replacement.layers).logits(inputs)
+        where = scored.where
+        sums.add(token_scores(host[where], ours[where], ablated[where], scored.following), scored, start)
+        sums.add_by_kind(position_scores(host[inputs.is_token], ours[inputs.is_token]), inputs, start)
     return sums
 
 
-def mean_outputs(adapter: ModelAdapter, samples: Sequence[Sample], batch_size: int) -> Float64[Tensor, "layer d_model"]:
-    """The mean MLP output of each layer over all tokens of the samples."""
-    total = torch.zeros(adapter.n_layers, adapter.d_model, dtype=torch.float64)
-    n_tokens = 0
-    for start in range(0, len(samples), batch_size):
-        batch = adapter.capture(adapter.prepare(samples[start : start + batch_size]))
-        total += batch.targets.sum(1, dtype=torch.float64).cpu()
-        n_tokens += batch.n_tokens
-    return total / n_tokens
-
-
-def _ablated_logits(
-    replacement: ReplacementModel, inputs: HostInputs, means: Float64[Tensor, "layer d_model"]
-) -> Tensor:
-    """The host with the same MLPs replaced by their means: what replacing without looking would give."""
-    with replacement.adapter.replacing(lambda layer, x: means[layer].to(x).expand_as(x), replacement.layers):
-        return replacement.adapter.logits(inputs)
+def _at_kind(sums: Resampled) -> dict[str, Measure]:
+    n = sums.total("n")
+    return {name: _defined(sums.ratio(sums.total(name), n, "n")) for name in ("kl", "top1")}
 
 
 def _measures(sums: Resampled) -> dict[str, Measure]:

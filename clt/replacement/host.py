@@ -40,6 +40,7 @@ class SteeredHost(Steerable):
         check_fit(adapter, transcoder)
         check_std(feature_std, transcoder.config)
         self.adapter, self.transcoder, self.feature_std = adapter, transcoder, feature_std
+        self.layers = range(adapter.n_layers)
 
     @contextmanager
     def active(
@@ -47,11 +48,14 @@ class SteeredHost(Steerable):
     ) -> Iterator[None]:
         """Steer the host while the block runs; arguments as `Steerable.active`."""
         passes = Passes(self.adapter, inputs, cached=cached)
-        config = self.transcoder.config
-        edit = Edit(interventions, passes, [config.num_features] * config.num_layers, self.feature_std)
-        running = RunningDifference(self.transcoder, edit)
+        running = RunningDifference(self.transcoder, self.edit(interventions, passes))
         with passes.watching(), self.adapter.rewriting(running.change):
             yield
+
+    def edit(self, interventions: Interventions | None, passes: Passes) -> Edit:
+        """The interventions, checked against the transcoder's sizes."""
+        config = self.transcoder.config
+        return Edit(interventions, passes, [config.num_features] * config.num_layers, self.feature_std)
 
 
 class RunningDifference:

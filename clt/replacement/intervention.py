@@ -122,18 +122,11 @@ class Edit:
         self._each = each
         self._passes = passes
         self._std = std
-
-    @property
-    def layers(self) -> Sequence[int] | None:
+        self.needs_whole_layers = any(not isinstance(one, Intervention) for one in each)
+        """Whether a plain callable must see all tokens of a pass at once."""
+        named = sorted({one.layer for one in each if isinstance(one, Intervention)})
+        self.layers: Sequence[int] | None = None if self.needs_whole_layers else named
         """Which layers are touched; None: a plain callable may touch any."""
-        if any(not isinstance(one, Intervention) for one in self._each):
-            return None
-        return sorted({one.layer for one in self._each if isinstance(one, Intervention)})
-
-    @property
-    def listed(self) -> list[Intervention]:
-        """Those that are no plain callables."""
-        return [one for one in self._each if isinstance(one, Intervention)]
 
     def touches(self, layer: int) -> bool:
         """Whether anything is to be done at this layer."""
@@ -173,11 +166,6 @@ class Edit:
                 f"{tuple(shaped.shape)} [row, position, feature]. Let it end with `return features`."
             )
         return changed.reshape(features.shape)
-
-    @property
-    def needs_whole_layers(self) -> bool:
-        """Whether a plain callable must see all tokens of a pass at once."""
-        return self.layers is None
 
 
 def _check_exists(one: Intervention, widths: Sequence[int], what: str) -> None:

@@ -7,10 +7,10 @@ from typing import Any
 
 from clt.activation_generation.corpus import host_path
 from clt.config import CLTConfig
-from clt.errors import CheckpointError, ConfigError, HostModelError
+from clt.errors import ConfigError, HostModelError
 from clt.lm import ModelAdapter
-from clt.models import BaseTranscoder
-from clt.models.formats import build, kokosdev
+from clt.models import BaseTranscoder, CrossLayerTranscoder
+from clt.models.formats import build, detect, kokosdev
 from clt.training.loading import load_model
 
 
@@ -49,13 +49,12 @@ def open_pair(
     if isinstance(transcoder, BaseTranscoder):
         return open_host(model, transcoder.config, options), transcoder
     folder = Path(transcoder)
-    if not folder.exists():
-        raise CheckpointError(f"{folder} does not exist. Give the folder of a trained transcoder.")
     if folder.is_dir() and kokosdev.detect(folder):
         # vlm-clt-training's files know neither how many layers the host has nor where they were read.
         adapter = open_host(model, None, options)
         return adapter, build(kokosdev.read(folder, host_layers=adapter.n_layers))
-    loaded = load_model(folder)
+    ours_or_theirs = folder.is_file() or (folder.is_dir() and detect(folder) is None)
+    loaded = load_model(folder) if ours_or_theirs else CrossLayerTranscoder.from_pretrained(transcoder)
     return open_host(model, loaded.config, options), loaded
 
 

@@ -42,10 +42,14 @@ class Passes:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Notice every forward pass of the host while the block runs."""
-        with self._adapter.before_each_pass(self._begin):
+        with self._adapter.before_each_pass(self.begin):
             yield
 
-    def _begin(self, input_ids: Integer[Tensor, "row column"]) -> None:
+    def restart(self) -> None:
+        """Forget what has run: the next pass starts at the first position."""
+        self.columns = slice(0, 0)
+
+    def begin(self, input_ids: Integer[Tensor, "row column"]) -> None:
         """A pass starts on these tokens."""
         start = self.columns.stop if self._cached else 0
         self.columns = slice(start, start + input_ids.shape[1])

@@ -21,9 +21,10 @@ NUMBERS_AT_ONCE = 2**25
 class RunningPrediction:
     """Sums, per target, what the sources met so far contribute.
 
-    Layers come in the order of the host, so a target's sum is complete when its MLP is asked for; it is then
-    forgotten. Nothing is carried from one forward pass to the next but the count of positions, so a pass over one
-    new token with a KV cache gives that token's row of the pass over all.
+    Layers come in the order of the host, so a target's sum is complete when its MLP is asked for. Memory: one number
+    per token, layer and dimension, and at most `NUMBERS_AT_ONCE` for what depends on the dictionary. Nothing is
+    carried from one forward pass to the next but the count of positions, so a pass over one new token with a KV
+    cache gives that token's row of the pass over all.
     """
 
     def __init__(
@@ -45,31 +46,42 @@ class RunningPrediction:
         """
         self._transcoder, self._targets, self._passes, self._edit = transcoder, list(targets), passes, edit
         self._errors, self._record = errors, record
-        self._sums: dict[int, Tensor] = {}
+        self._device = transcoder.bias(0).device
+        self._sums = self._zeros(0)
+        self._biases: dict[int, Tensor] = {}
 
     def predict(self, layer: int, mlp_input: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row d_model"]:
         """The MLP output of one layer; layers are to be called, or shown to `spend`, in order."""
         self.spend(layer, mlp_input)
-        bias = self._transcoder.bias(layer)
-        if layer in self._sums:
-            prediction = self._sums.pop(layer) + bias
-        else:
-            prediction = bias.expand(mlp_input[..., 0].numel(), -1)
-        prediction = prediction.to(mlp_input.device).view(mlp_input.shape)
+        sums = self._sums
+        prediction = (sums[layer] + self._bias(layer)).to(mlp_input.device).view(mlp_input.shape)
         return prediction if self._errors is None else prediction + self._error(layer, mlp_input)
 
     def spend(self, source: int, mlp_input: Float[Tensor, "*row d_model"]) -> None:
         """Add what one layer's features write to the sums of its targets."""
+        tokens = mlp_input.reshape(-1, mlp_input.shape[-1]).to(self._device)
         if source == 0:
-            self._sums.clear()
-        tokens = mlp_input.reshape(-1, mlp_input.shape[-1]).to(self._transcoder.bias(source).device)
-        parts = [self._contributions(source, tokens, piece) for piece in self._pieces(source, len(tokens))]
-        together = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        config = self._transcoder.config
-        for target, part in zip(config.targets_of(source), together):
-            self._add(target, part)
-        for target, part in zip(config.skip_targets_of(source), self._transcoder.skip(source, tokens)):
-            self._add(target, part)
+            self._sums = self._zeros(len(tokens))
+        config, sums = self._transcoder.config, self._sums
+        for piece in self._pieces(source, len(tokens)):
+            targets = config.targets_of(source)
+            parts = self._contributions(source, tokens, piece)
+            sums[targets.start : targets.stop, piece] += parts
+        if config.skip_connection != "none":
+            targets = config.skip_targets_of(source)
+            sums[targets.start : targets.stop] += self._transcoder.skip(source, tokens)
+
+    def _zeros(self, n_tokens: int) -> Float[Tensor, "layer token d_model"]:
+        shape = (self._transcoder.config.num_layers, n_tokens, self._transcoder.config.d_model)
+        return self._transcoder.bias(0).new_zeros(shape)
+
+    def _bias(self, layer: int) -> Float[Tensor, " d_model"]:
+        """Computed once, unless a gradient is to reach it."""
+        if torch.is_grad_enabled():
+            return self._transcoder.bias(layer)
+        if layer not in self._biases:
+            self._biases[layer] = self._transcoder.bias(layer)
+        return self._biases[layer]
 
     def _contributions(self, source: int, tokens: Tensor, piece: slice) -> Float[Tensor, "target token d_model"]:
         """What the features of some tokens write to each target."""
@@ -87,10 +99,6 @@ class RunningPrediction:
         step = n_tokens if self._edit.needs_whole_layers else max(1, NUMBERS_AT_ONCE // width)
         for start in range(0, max(n_tokens, 1), max(step, 1)):
             yield slice(start, min(start + step, n_tokens))
-
-    def _add(self, target: int, part: Tensor) -> None:
-        if target in self._targets:
-            self._sums[target] = self._sums[target] + part if target in self._sums else part
 
     def _error(self, layer: int, mlp_input: Tensor) -> Tensor:
         assert self._errors is not None

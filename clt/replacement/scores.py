@@ -61,6 +61,19 @@ def token_scores(
     return {name: score.double().cpu() for name, score in scores.items()}
 
 
+def position_scores(
+    host: Float[Tensor, "token vocabulary"], replacement: Float[Tensor, "token vocabulary"]
+) -> dict[str, Float64[Tensor, " token"]]:
+    """What can be said of any position, whatever follows it: KL, and whether the most probable tokens agree."""
+    log_host, log_replacement = _log_probability(host), _log_probability(replacement)
+    scores = {
+        "n": torch.ones_like(log_host[:, 0]),
+        "kl": (log_host.exp() * (log_host - log_replacement)).sum(1),
+        "top1": log_host.argmax(1) == log_replacement.argmax(1),
+    }
+    return {name: score.double().cpu() for name, score in scores.items()}
+
+
 def answer_scores(
     host: Sequence[Integer[Tensor, " _position"]], replacement: Sequence[Integer[Tensor, " _position"]]
 ) -> dict[str, Float64[Tensor, " sample"]]:
@@ -87,14 +100,28 @@ class PerSample:
         self._n_samples = n_samples
         self.answer: dict[str, Float64[Tensor, " sample"]] = {}
         self.text: dict[str, Float64[Tensor, " sample"]] = {}
+        self.kinds: dict[str, dict[str, Float64[Tensor, " sample"]]] = {}
 
     def add(self, scores: Mapping[str, Float64[Tensor, " token"]], scored: Scored, first_sample: int) -> None:
         """Add a batch whose first row is sample number `first_sample`."""
         sample, is_answer = scored.row.cpu() + first_sample, scored.is_answer.cpu()
         for name, score in scores.items():
             for sums, part in ((self.answer, score * is_answer), (self.text, score)):
-                total = sums.setdefault(name, torch.zeros(self._n_samples, dtype=torch.float64))
-                total.index_add_(0, sample, part)
+                self._add(sums, name, sample, part)
+
+    def add_by_kind(self, scores: Mapping[str, Float64[Tensor, " token"]], inputs: HostInputs, first: int) -> None:
+        """Add scores of all tokens of a batch to the sums of each one's kind."""
+        row, position = inputs.is_token.nonzero(as_tuple=True)
+        sample, kind = row.cpu() + first, inputs.kind[row, position].cpu()
+        for each in TokenKind:
+            if (here := kind == each).any():
+                sums = self.kinds.setdefault(each.name.lower(), {})
+                for name, score in scores.items():
+                    self._add(sums, name, sample, score * here)
+
+    def _add(self, sums: dict[str, Tensor], name: str, sample: Tensor, part: Tensor) -> None:
+        total = sums.setdefault(name, torch.zeros(self._n_samples, dtype=torch.float64))
+        total.index_add_(0, sample, part)
 
 
 def _log_probability(logits: Float[Tensor, "token vocabulary"]) -> Float[Tensor, "token vocabulary"]:

@@ -20,6 +20,8 @@ class Steerable(ABC):
     """A host with something put in place while it runs, and interventions on that."""
 
     adapter: ModelAdapter
+    layers: Sequence[int]
+    """Those whose MLP outputs may differ from the host's."""
 
     @abstractmethod
     def active(

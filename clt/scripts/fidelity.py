@@ -9,21 +9,23 @@ import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
 from clt import worlds
-from clt.activation_generation.corpus import host_path, is_world, placed_image
+from clt.activation_generation.corpus import is_world, placed_image
 from clt.config.base import Config, require_positive, write_text_atomically
 from clt.data.corpora import Corpus
 from clt.errors import ConfigError, DatasetError
 from clt.lm import ModelAdapter
-from clt.models import CrossLayerTranscoder
+from clt.models import BaseTranscoder
 from clt.replacement import ReplacementModel
-from clt.replacement.fidelity import FidelityReport, measure_fidelity
+from clt.replacement.compare import MEAN, by_layers, compare, layer_counts
+from clt.replacement.fidelity import measure_fidelity
+from clt.replacement.loading import open_pair
 from clt.types import Sample
 
 
@@ -53,6 +55,12 @@ class Options(Config):
     """Samples per forward pass."""
     first_n_layers: int | None = None
     """Replace only the first so many MLPs; None: all."""
+    compare: tuple[str, ...] = ()
+    """Further transcoders to measure beside it, as NAME=FOLDER or FOLDER; the MLPs at their mean come along."""
+    by_layers: bool = False
+    """Also measure with the first 1, 2, ... MLPs replaced (at most 8 numbers, evenly spread)."""
+    plot: str | None = None
+    """PNG for the figure; None: beside the JSON when --compare or --by-layers is given."""
     show: int = 2
     """Print this many generated texts of host and replacement side by side."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -103,38 +111,125 @@ def prompt_and_answer(sample: Sample, options: Options) -> Sample:
     return Sample(id=sample.id, prompt=" ".join(prompt), answer=answer, meta=sample.meta)
 
 
-def table(report: FidelityReport) -> Table:
-    """One row per measure with its interval and number of positions."""
+def named(options: Options) -> dict[str, str]:
+    """Folder of each transcoder by its name; the first is the one of --clt."""
+    given: dict[str, str] = {}
+    for text in (options.clt, *options.compare):
+        name, _, folder = text.rpartition("=")
+        name = name or Path(folder).resolve().name
+        if name in given or name == MEAN:
+            raise ConfigError(f"Two transcoders are called {name!r}. Name them: --compare NAME={folder}.")
+        given[name] = folder
+    return given
+
+
+def measure(
+    options: Options, adapter: ModelAdapter, transcoders: dict[str, BaseTranscoder], samples: list[Sample]
+) -> dict[str, Any]:
+    """The report of --clt at the top, and what else was asked for under `models` and `by_layers`."""
+    how: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size}
+    if options.compare:
+        models = compare(adapter, transcoders, samples, **how)
+    else:
+        [(name, transcoder)] = transcoders.items()
+        replacement = ReplacementModel(adapter, transcoder, first_n_layers=options.first_n_layers)
+        models = {name: measure_fidelity(replacement, samples, **how)}
+    result: dict[str, Any] = {**next(iter(models.values())).to_dict()}
+    if options.compare:
+        result["models"] = {name: report.to_dict() for name, report in models.items()}
+    if options.by_layers:
+        result["by_layers"] = {
+            name: {
+                str(count): report.to_dict()
+                for count, report in by_layers(
+                    adapter, transcoder, samples, counts_for(ReplacementModel(adapter, transcoder)), **how
+                ).items()
+            }
+            for name, transcoder in transcoders.items()
+        }
+    return result
+
+
+def counts_for(replacement: ReplacementModel) -> list[int]:
+    """Numbers of first layers to replace; a transcoder without a say in layer 0 starts later."""
+    return layer_counts(replacement.adapter.n_layers, first=min(replacement.layers) + 1)
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """The figure, if there is more than one thing to compare."""
+    from clt.viz.fidelity_plots import fidelity_by_layers, fidelity_side_by_side
+    from clt.viz.training_plots import save
+
+    if "by_layers" in result:
+        counts = {name: {int(n): each for n, each in reports.items()} for name, reports in result["by_layers"].items()}
+        save(fidelity_by_layers(counts), path)
+    elif "models" in result:
+        save(fidelity_side_by_side(result["models"]), path)
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """The measures with intervals and counts, one column per replacement; by number of layers, one row per number."""
+    models = result.get("models", {"value": result})
     view = Table(title="Replacement beside the host (95 % bootstrap interval over samples)")
-    for column in ("measure", "value", "interval", "positions"):
+    for column in ("measure", *models, "positions"):
         view.add_column(column, justify="left" if column == "measure" else "right")
-    for name, measure in report.measures().items():
-        low, high = measure.interval
-        view.add_row(name, f"{measure.value:.4f}", f"{low:.4f} to {high:.4f}", f"{measure.n:,}")
-    return view
+    first = next(iter(models.values()))
+    for name in (key for key, each in first.items() if isinstance(each, dict) and "interval" in each):
+        cells = [_cell(model.get(name)) for model in models.values()]
+        view.add_row(name, *cells, f"{first[name]['n']:,}")
+    found = [view]
+    for name, reports in result.get("by_layers", {}).items():
+        rows = Table(title=f"{name} by number of MLPs replaced")
+        for column in ("MLPs", *_BY_LAYERS):
+            rows.add_column(column, justify="right")
+        for count, report in reports.items():
+            rows.add_row(count, *(_cell(report.get(measure)) for measure in _BY_LAYERS))
+        found.append(rows)
+    return found
+
+
+_BY_LAYERS = ("kl", "ce_increase", "top1", "token_match")
+
+
+def _cell(measure: dict[str, Any] | None) -> str:
+    if measure is None:
+        return "-"
+    low, high = measure["interval"]
+    return f"{measure['value']:.4f} [{low:.4f}, {high:.4f}]"
 
 
 def main(options: Options) -> None:
-    """Measure, write the JSON, print it or a table and some texts."""
-    adapter = ModelAdapter.from_pretrained(host_path(options.model), dtype=options.dtype, device=options.device)
-    transcoder = CrossLayerTranscoder.from_pretrained(options.clt, adapter.device)
-    replacement = ReplacementModel(adapter, transcoder, first_n_layers=options.first_n_layers)
+    """Measure, write JSON and figure, print tables and some texts."""
+    folders = named(options)
+    if options.first_n_layers is not None and (options.compare or options.by_layers):
+        raise ConfigError("--first-n-layers goes with one transcoder alone, without --compare and --by-layers.")
+    host_options = {"dtype": options.dtype, "device": options.device}
+    main_name = next(iter(folders))
+    adapter, first = open_pair(options.model, folders[main_name], host_options)
+    others = {name: open_pair(adapter, folder, {})[1] for name, folder in folders.items() if name != main_name}
+    transcoders = {name: each.to(adapter.device) for name, each in {main_name: first, **others}.items()}
     samples = held_out_samples(options, adapter)
-    report = measure_fidelity(
-        replacement, samples, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size
-    )
-    text = json.dumps({"options": options.to_dict(), **report.to_dict()}, indent=2)
-    write_text_atomically(Path(options.output or Path(options.clt) / "fidelity.json"), text + "\n")
+    result = measure(options, adapter, transcoders, samples)
+    output = Path(options.output or Path(folders[main_name]) / "fidelity.json")
+    text = json.dumps({"options": options.to_dict(), **result}, indent=2)
+    write_text_atomically(output, text + "\n")
+    draw(result, Path(options.plot) if options.plot else output.with_suffix(".png"))
     if options.json:
         print(text)
         return
-    Console().print(table(report))
-    shown = samples[: options.show]
+    console = Console()
+    for table in tables(result):
+        console.print(table)
+    show_texts(options, samples[: options.show], adapter, ReplacementModel(adapter, transcoders[main_name]))
+
+
+def show_texts(options: Options, samples: list[Sample], adapter: ModelAdapter, replacement: ReplacementModel) -> None:
+    """Some answers of host and replacement, one below the other."""
     answers = [
-        model.generate(shown, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size)
+        model.generate(samples, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size)
         for model in (adapter, replacement)
     ]
-    for sample, host, replaced in zip(shown, *answers, strict=True):
+    for sample, host, replaced in zip(samples, *answers, strict=True):
         print(f"\n     prompt | {sample.prompt}")
         print(f"       host | {host.strip()}")
         print(f"replacement | {replaced.strip()}")

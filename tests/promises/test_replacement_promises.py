@@ -78,11 +78,11 @@ def test_folders_that_do_not_fit_are_refused_with_what_is_missing(host, tmp_path
     with pytest.raises(HostModelError, match="d_model = 16, the transcoder 8"):
         VLMReplacementModel.from_pretrained(tiny_adapter("llava"), write_layers(_folder(tmp_path, "narrow"), width=8))
     (tmp_path / "transcoder_L1.pt").unlink()
-    with pytest.raises(CheckpointError, match=r"layers \[0\], but the host has 3 layers, and transcoder_L1.pt is"):
+    with pytest.raises(CheckpointError, match=r"layers \[0\]; a host of 3 layers needs .* transcoder_L1.pt is missing"):
         VLMReplacementModel.from_pretrained(host, tmp_path)
-    with pytest.raises(CheckpointError, match="up to layer 4, but the host has only 3 layers"):
+    with pytest.raises(CheckpointError, match=r"needs those of 0 to 1: \[3, 4\] are beyond it"):
         VLMReplacementModel.from_pretrained(host, write_layers(_folder(tmp_path, "long"), (1, 1, 1, 1, 1)))
-    with pytest.raises(CheckpointError, match="nowhere does not exist"):
+    with pytest.raises(CheckpointError, match="nowhere is no transcoder"):
         VLMReplacementModel.from_pretrained(host, tmp_path / "nowhere")
     (_folder(tmp_path, "cut") / "transcoder_L0.pt").write_bytes(b"PK")
     with pytest.raises(CheckpointError, match="missing"):

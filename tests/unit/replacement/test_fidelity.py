@@ -8,8 +8,8 @@ import torch
 
 from clt.errors import ConfigError, HostModelError
 from clt.replacement import ReplacementModel, measure_fidelity
+from clt.replacement.ablation import mean_outputs
 from clt.replacement.bootstrap import Resampled
-from clt.replacement.fidelity import mean_outputs
 from clt.replacement.scores import answer_scores, scored_positions, token_scores
 from clt.types import Sample, TokenKind
 from tests.tiny_hosts import plain_transcoder, tiny_adapter, tiny_samples
