@@ -1,31 +1,24 @@
 """circuit-tracer's `.pt` graphs: written so that its `Graph.from_pt` loads them, and read without running anything.
 
-Such a file is a pickle with classes inside, so circuit-tracer loads it with `weights_only=False`. We write it as an
-export only, and read it with an unpickler that knows a few harmless names and makes plain records of all other classes:
-nothing in a file is imported or called. Keys: circuit-tracer 0.4.1, `Graph.to_pt`.
+Such a file is a pickle with classes inside, which circuit-tracer loads unrestrictedly. We write it as an export only,
+and read it with torch's restricted unpickler, for which every class the file names is a plain record of ours: nothing
+in a file is imported or called. Keys: circuit-tracer 0.4.1, `Graph.to_pt`.
 """
 
 from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from clt.attribution.graph import AttributionGraph, Edges, Position, TargetNode
 from clt.errors import GraphError
 
 _KEYS = ("input_string", "input_tokens", "active_features", "activation_values", "selected_features")
-_ALLOWED = {
-    ("collections", "OrderedDict"),
-    ("torch._utils", "_rebuild_tensor_v2"),
-    ("torch.serialization", "_get_layout"),
-    ("builtins", "set"),
-}
-_STORAGES = ("torch", "torch.storage")
 
 
 def write_circuit_tracer_pt(graph: AttributionGraph, path: str | Path, *, tokenizer: str | None = None) -> Path:
@@ -94,10 +87,16 @@ def read_circuit_tracer_pt(path: str | Path) -> AttributionGraph:
     """
     path = Path(path)
     try:
-        values = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_Harmless("harmless"))
+        records: list[Any] = [(type(name, (Record,), {}), name) for name in get_unsafe_globals_in_checkpoint(path)]
+        with safe_globals(records):
+            values = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise GraphError(f"{path} does not exist.") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+    except pickle.UnpicklingError:
+        raise GraphError(
+            f"{path} is no graph of circuit-tracer: it holds calls, not only tensors and records."
+        ) from None
+    except (RuntimeError, EOFError, KeyError, ValueError) as error:
         raise GraphError(f"{path} is no graph of circuit-tracer ({error}).") from None
     missing = [key for key in (*_KEYS, "adjacency_matrix") if not isinstance(values, dict) or key not in values]
     if missing:
@@ -168,19 +167,3 @@ class Record:
         record = object.__new__(cls)
         record.arguments = arguments
         return record
-
-
-class _Unpickler(pickle.Unpickler):
-    """Knows how tensors are put together; every other class becomes a `Record`."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _ALLOWED or (module in _STORAGES and name.endswith("Storage")):
-            return super().find_class(module, name)
-        return Record
-
-
-class _Harmless(ModuleType):
-    """What torch.load takes as its pickle module."""
-
-    Unpickler = _Unpickler
-    load = staticmethod(lambda file, **options: _Unpickler(file, **options).load())

@@ -123,7 +123,7 @@ class Malicious:
 
 def test_reading_a_pt_runs_nothing_in_it(tmp_path):
     torch.save({"adjacency_matrix": Malicious(tmp_path / "touched")}, tmp_path / "bad.pt")
-    with pytest.raises(GraphError, match="lacks input_string"):
+    with pytest.raises(GraphError, match="holds calls"):
         read_circuit_tracer_pt(tmp_path / "bad.pt")
     assert not (tmp_path / "touched").exists()
     (tmp_path / "worse.pt").write_bytes(pickle.dumps([1]))

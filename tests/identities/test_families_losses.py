@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from clt.config import TrainingConfig
 from clt.models import CrossLayerTranscoder, JumpReLU, jumprelu
 from clt.models.codes import DenseCodes, SparseCodes
+from clt.replacement.intervention import Edit
+from clt.replacement.passes import Passes
 from clt.replacement.running import RunningPrediction
 from clt.training.losses import LossManager, span_price
 from tests.identities.test_families import (
@@ -23,6 +25,7 @@ from tests.identities.test_families import (
     pairs_of,
     transcoder_of,
 )
+from tests.tiny_hosts import tiny_adapter
 
 ALIVE = torch.zeros(LAYERS, FEATURES, dtype=torch.bool)
 
@@ -159,7 +162,8 @@ def test_the_span_penalty_is_off_by_default_and_nothing_for_a_per_layer_transcod
 @pytest.mark.parametrize("window", [(0, None), (1, None), (1, 2)])
 def test_layer_by_layer_the_replacement_predicts_what_the_transcoder_does(family, window):
     model, x = transcoder_of(family, window=window), inputs_for()
-    running = RunningPrediction(model, LAYERS, None, None)
+    passes = Passes(tiny_adapter("llama"), None)
+    running = RunningPrediction(model, range(LAYERS), passes, Edit(None, passes, [FEATURES] * LAYERS))
     predicted = torch.stack([running.predict(layer, x[layer]) for layer in range(LAYERS)])
     torch.testing.assert_close(predicted, model(x))
 
