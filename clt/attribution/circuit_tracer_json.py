@@ -9,7 +9,6 @@ out, as there.
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +18,13 @@ from clt.attribution.graph import AttributionGraph
 from clt.attribution.prune import PrunedGraph
 from clt.config.base import write_text_atomically
 from clt.errors import GraphError
+from clt.types import FeatureId
 
 METADATA = "graph-metadata.json"
 FEATURE, ERROR = "cross layer transcoder", "mlp reconstruction error"
 EMBEDDING, LOGIT = "embedding", "logit"
 _LARGEST_EXACT = 2**53
 """Numbers beyond this are not exact in JavaScript, where `feature` is read."""
-
-
-def cantor(layer: int, feature: int) -> int:
-    """One number for a layer and a feature, as those projects' files use it."""
-    return (layer + feature) * (layer + feature + 1) // 2 + feature
-
-
-def cantor_inverse(number: int) -> tuple[int, int]:
-    """Layer and feature of a number."""
-    diagonal = (math.isqrt(8 * number + 1) - 1) // 2
-    feature = number - diagonal * (diagonal + 1) // 2
-    return diagonal - feature, feature
 
 
 def write_circuit_tracer_json(
@@ -142,7 +130,7 @@ def describe_node(graph: AttributionGraph, number: int) -> dict[str, Any]:
 
 def _feature(graph: AttributionGraph, number: int) -> dict[str, Any]:
     layer, position, feature = graph.features[number].tolist()
-    code = cantor(layer, feature)
+    code = FeatureId(layer, feature).number
     if code >= _LARGEST_EXACT:
         raise GraphError(f"Feature {feature} of layer {layer} has the number {code}, beyond what JavaScript can read.")
     return {

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from clt.attribution.circuit_tracer_json import EMBEDDING, ERROR, FEATURE, LOGIT, cantor_inverse
+from clt.attribution.circuit_tracer_json import EMBEDDING, ERROR, FEATURE, LOGIT
 from clt.attribution.graph import AttributionGraph, Edges, Position, TargetNode
 from clt.errors import GraphError
+from clt.types import FeatureId
 
 
 def read_circuit_tracer_json(path: str | Path) -> AttributionGraph:
@@ -109,7 +110,7 @@ def _graph_of(described: dict[str, Any]) -> AttributionGraph:
 
 def _place(node: dict[str, Any], version: int) -> tuple[int, int, int]:
     """Layer, position and feature; before schema version 1 the number was layer * 100,000 + feature."""
-    layer, feature = cantor_inverse(node["feature"]) if version >= 1 else divmod(node["feature"], 100_000)
+    layer, feature = FeatureId.from_number(node["feature"]) if version >= 1 else divmod(node["feature"], 100_000)
     if str(layer) != str(node["layer"]):
         raise ValueError(f"node {node['node_id']} is of layer {node['layer']}, but its number says {layer}")
     return layer, node["ctx_idx"], feature

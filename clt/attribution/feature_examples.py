@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clt.attribution.circuit_tracer_json import cantor
 from clt.errors import GraphError
+from clt.types import FeatureId
 
 INDEX = "index.json.gz"
 
@@ -64,7 +64,7 @@ class FeatureCard:
         ]
         return {
             "transcoder_id": scan,
-            "index": cantor(layer, feature),
+            "index": FeatureId(layer, feature).number,
             "examples_quantiles": groups,
             "top_logits": list(self.top_logits),
             "bottom_logits": list(self.bottom_logits),

@@ -110,7 +110,7 @@ def feature_json(
     examples = [_example(peak, shown(peak.sample)) for peak in top.top(feature)]
     return {
         "transcoder_id": transcoder_id,
-        "index": cantor(feature),
+        "index": feature.number,
         "layer": feature.layer,
         "feature": feature.feature,
         "firing_count": top.firing_count(feature),
@@ -132,12 +132,6 @@ def write_examples(folder: Path, features: Iterable[Mapping[str, Any]]) -> int:
         write_text_atomically(folder / f"{content['index']}.json", json.dumps(content, ensure_ascii=False) + "\n")
         number += 1
     return number
-
-
-def cantor(feature: FeatureId) -> int:
-    """One number for (layer, feature): (x + y)(x + y + 1) / 2 + y."""
-    total = feature.layer + feature.feature
-    return total * (total + 1) // 2 + feature.feature
 
 
 def _example(peak: Peak, shown: Shown) -> dict[str, Any]:

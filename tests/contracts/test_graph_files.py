@@ -17,10 +17,10 @@ from clt.attribution import (
     write_circuit_tracer_json,
     write_circuit_tracer_pt,
 )
-from clt.attribution.circuit_tracer_json import cantor, cantor_inverse
 from clt.attribution.feature_examples import Example, FeatureCard, read_feature_example, write_feature_examples
 from clt.errors import GraphError
 from clt.replacement import ReplacementModel
+from clt.types import FeatureId
 from tests.attribution_hosts import random_replacement
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "data" / "golden_graph"
@@ -133,8 +133,8 @@ def test_reading_a_pt_runs_nothing_in_it(tmp_path):
 
 @pytest.mark.parametrize("place", [(0, 0), (3, 0), (0, 7), (11, 24_575), (31, 1_000_000)])
 def test_cantor_numbers_come_back(place):
-    assert cantor_inverse(cantor(*place)) == place
-    assert cantor(0, 7) == 35
+    assert FeatureId.from_number(FeatureId(*place).number) == place
+    assert FeatureId(0, 7).number == 35
 
 
 def test_feature_examples_are_read_by_byte_range(tmp_path):
@@ -149,7 +149,7 @@ def test_feature_examples_are_read_by_byte_range(tmp_path):
     (length,) = struct.unpack("<I", packed[:4])
     record = json.loads(zlib.decompress(packed[4 : 4 + length]))
     assert record == read_feature_example(folder, 1, 2)
-    assert record["index"] == cantor(1, 2)
+    assert record["index"] == FeatureId(1, 2).number
     example = record["examples_quantiles"][0]["examples"][0]
     assert (example["train_token_ind"], record["act_max"]) == (1, 2.0)
     assert read_feature_example(folder, 1, 3) is None

@@ -10,7 +10,7 @@ from clt.benchmarks.base import About, CountingBenchmark, Report, SampleScore
 from clt.discovery.bootstrap import PairedScores
 from clt.discovery.controls import matched_controls
 from clt.discovery.effects import Effects, Example, Span, feature_effects, forward, span_margins, spans_of
-from clt.discovery.examples import TopExamples, cantor
+from clt.discovery.examples import TopExamples
 from clt.discovery.features_file import LayerFeatures
 from clt.discovery.gains import GainOptions, learn_gains
 from clt.discovery.neurons import NeuronPatch, apply_patch, fit_patch, mean_neuron_strength
@@ -239,5 +239,5 @@ def test_the_heap_keeps_the_strongest_samples(seed, keep):
 
 
 def test_cantor_numbers_are_circuit_tracers():
-    assert cantor(FeatureId(0, 0)) == 0
-    assert cantor(FeatureId(8, 3648)) == (8 + 3648) * (8 + 3648 + 1) // 2 + 3648
+    assert FeatureId(0, 0).number == 0
+    assert FeatureId(8, 3648).number == (8 + 3648) * (8 + 3648 + 1) // 2 + 3648
