@@ -6,6 +6,7 @@ Every score is a sum of counts per sample. `metrics(totals)` turns the sums into
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,7 +102,7 @@ class ReadsResponses(Protocol):
         ...
 
 
-class CountingBenchmark:
+class CountingBenchmark(ABC):
     """Implements `score` for a benchmark that can count each sample by itself.
 
     A subclass has `about`, `samples`, `count`, `metrics` and `verdict`; see `docs/benchmark-sets.md` for one in full.
@@ -109,17 +110,17 @@ class CountingBenchmark:
 
     about: About
 
+    @abstractmethod
     def samples(self) -> Iterable[Sample]:
         """What to ask."""
-        raise NotImplementedError
 
+    @abstractmethod
     def count(self, sample: Sample, response: str) -> SampleScore:
         """The counts of one response."""
-        raise NotImplementedError
 
+    @abstractmethod
     def metrics(self, totals: Mapping[str, float]) -> dict[str, float]:
         """The official numbers from summed counts."""
-        raise NotImplementedError
 
     def notes(self, totals: Mapping[str, float]) -> dict[str, Any]:
         """What the report should say besides: plug-ins used, parse failures, metrics without a denominator."""
