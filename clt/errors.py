@@ -8,6 +8,7 @@
     ├── GraphError        an attribution graph that cannot be made, read or exported
     ├── TrainingError     a loss that is not a number, a store that runs dry
     ├── BenchmarkError    questions, answers or judgements that do not fit together
+    ├── ParallelError     another rank that is gone, or does not answer in time
     ├── DiscoveryError    phases of feature discovery that lack their input or have too few samples
     └── WorldError        an embedded world that does not exist or lacks its weights
 
@@ -50,6 +51,10 @@ class BenchmarkError(CLTError):
 
 class WorldError(CLTError):
     """An embedded world that does not exist or lacks its weights."""
+
+
+class ParallelError(CLTError):
+    """Another rank that is gone, or does not answer in time."""
 
 
 class DiscoveryError(CLTError):
