@@ -4,163 +4,197 @@
  *
  * entries of token i: offsets[i] .. offsets[i + 1] of `features`, `values`.
  * Sorted by feature, entry j is order[j]; those of feature f are bounds[f] .. bounds[f + 1].
+ *
+ * Rows are gathered a block of columns at a time, from a packed copy of that block: it stays in a core's second-level
+ * cache, while the rows themselves, a power of two apart, would all fall into the same few lines of it.
  */
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 typedef float v16 __attribute__((vector_size(64), aligned(4)));
+typedef int32_t i16 __attribute__((vector_size(64)));
 
 #define LANES 16
-#define WIDE 8               /* vectors per column block: 128 floats, the accumulators of one row */
+#define WIDE 4               /* vectors per column block: the accumulators of one row */
 #define BLOCK (WIDE * LANES)
+#define REUSE 2              /* gathers per row from which packing pays */
 
-static inline float sum16(v16 v) {
-    float s = 0;
-    for (int i = 0; i < LANES; i++) s += v[i];
-    return s;
+/* Room for packed rows, in large pages where the system has them: gathers would miss the table of small ones. */
+static float *room(int64_t n_rows) {
+    size_t page = (size_t)1 << 21, size = ((size_t)n_rows * BLOCK * sizeof(float) / page + 1) * page;
+    float *rows = aligned_alloc(page, size);
+#ifdef __linux__
+    madvise(rows, size, MADV_HUGEPAGE);
+#endif
+    return rows;
 }
 
-static inline void prefetch_row(const float *row, int n) {
-    for (int i = 0; i < n; i += 16) __builtin_prefetch(row + i, 0, 2);
-}
-
-/* out[t, column .. column + n] += sum over entries of values * weight[feature, column ..]; n < BLOCK */
-static void decode_tail(const float *values, const int64_t *features, int64_t start, int64_t stop, const float *weight,
-                        int64_t width, int64_t column, int n, float *out) {
-    float total[BLOCK];
-    memcpy(total, out + column, n * sizeof(float));
-    for (int64_t e = start; e < stop; e++) {
-        const float *row = weight + features[e] * width + column;
-        for (int i = 0; i < n; i++) total[i] += values[e] * row[i];
+/* rows[i, :BLOCK] = from[i, column .. column + n], filled up with zeros; shared out among the threads that meet here. */
+static void pack(const float *from, int64_t n_rows, int64_t stride, int64_t column, int n, float *rows) {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < n_rows; i++) {
+        memcpy(rows + i * BLOCK, from + i * stride + column, n * sizeof(float));
+        if (n < BLOCK) memset(rows + i * BLOCK + n, 0, (BLOCK - n) * sizeof(float));
     }
-    memcpy(out + column, total, n * sizeof(float));
 }
 
-static void decode_block(const float *values, const int64_t *features, int64_t start, int64_t stop,
-                         const float *weight, int64_t width, int64_t column, float *out) {
+/* Whether a block is gathered from a packed copy: an incomplete one has to be. */
+static inline int packs(int64_t n_gathers, int64_t n_rows, int n) { return n < BLOCK || n_gathers > REUSE * n_rows; }
+
+/* A row's part in a block, vector by vector where it is whole: the compiler then keeps it in registers. */
+static inline __attribute__((always_inline)) void load_block(const float *from, int n, v16 *to) {
+    float whole[BLOCK] = {0};
+    if (n < BLOCK) memcpy(whole, from, n * sizeof(float)), from = whole;
+    for (int i = 0; i < WIDE; i++) to[i] = *(const v16 *)(from + i * LANES);
+}
+
+static inline __attribute__((always_inline)) void store_block(float *to, int n, const v16 *from) {
+    float whole[BLOCK], *place = n < BLOCK ? whole : to;
+    for (int i = 0; i < WIDE; i++) *(v16 *)(place + i * LANES) = from[i];
+    if (n < BLOCK) memcpy(to, whole, n * sizeof(float));
+}
+
+typedef struct {
+    const float *rows; /* of the present column block */
+    int64_t stride;
+} Table;
+
+static inline __attribute__((always_inline)) void decode_block(const float *values, const int64_t *features,
+                                                               int64_t start, int64_t stop, Table table, int n,
+                                                               float *out) {
     v16 total[WIDE];
-    for (int i = 0; i < WIDE; i++) total[i] = *(const v16 *)(out + column + i * LANES);
+    load_block(out, n, total);
     for (int64_t e = start; e < stop; e++) {
-        if (e + 2 < stop) prefetch_row(weight + features[e + 2] * width + column, BLOCK);
-        const float *row = weight + features[e] * width + column;
+        const float *row = table.rows + features[e] * table.stride;
         for (int i = 0; i < WIDE; i++) total[i] += values[e] * *(const v16 *)(row + i * LANES);
     }
-    for (int i = 0; i < WIDE; i++) *(v16 *)(out + column + i * LANES) = total[i];
+    store_block(out, n, total);
 }
 
 /* out[t, :width] += sum over the token's entries of values * weight[feature, :]; rows of `out` lie `stride` apart. */
 void clt_decode(const float *values, const int64_t *features, const int64_t *offsets, const float *weight, float *out,
-                int64_t n_tokens, int64_t width, int64_t stride) {
+                int64_t n_tokens, int64_t n_features, int64_t width, int64_t stride) {
+    float *packed = room(n_features);
+#pragma omp parallel
     for (int64_t column = 0; column < width; column += BLOCK) {
         int n = width - column < BLOCK ? (int)(width - column) : BLOCK;
-#pragma omp parallel for schedule(static)
+        int copied = packs(offsets[n_tokens], n_features, n);
+        Table table = {copied ? packed : weight + column, copied ? BLOCK : width};
+        if (copied) pack(weight, n_features, width, column, n, packed);
+#pragma omp for schedule(static)
         for (int64_t t = 0; t < n_tokens; t++) {
-            if (n == BLOCK)
-                decode_block(values, features, offsets[t], offsets[t + 1], weight, width, column, out + t * stride);
-            else
-                decode_tail(values, features, offsets[t], offsets[t + 1], weight, width, column, n, out + t * stride);
+            float *place = out + t * stride + column;
+            if (n == BLOCK) decode_block(values, features, offsets[t], offsets[t + 1], table, BLOCK, place);
+            else decode_block(values, features, offsets[t], offsets[t + 1], table, n, place);
         }
     }
+    free(packed);
 }
 
+/* Sums of 16 vectors, in their order: neighbours are added until one vector is left. */
+static inline v16 sums_of(v16 *x) {
+    const i16 even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}, odd = even + 1;
+    for (int n = LANES / 2; n > 0; n /= 2)
+        for (int i = 0; i < n; i++)
+            x[i] = __builtin_shuffle(x[2 * i], x[2 * i + 1], even) + __builtin_shuffle(x[2 * i], x[2 * i + 1], odd);
+    return x[0];
+}
+
+/* Entries by feature; dots wait until 16 of them can be summed at once. */
 typedef struct {
-    const float *values;     /* by entry */
-    const int64_t *order, *tokens, *bounds;
-    const float *grad;       /* [token, width], rows `stride` apart */
-    int64_t width, stride;
+    const float *values;
+    const int32_t *tokens;
+    const int64_t *bounds;
+    float *dots; /* or none */
+    v16 waiting[LANES];
+    int n_waiting;
 } Sorted;
 
-static void backward_tail(const Sorted *s, int64_t f, const float *weight, float scale, float *out, float *dots,
-                          int64_t column, int n) {
-    float total[BLOCK];
-    for (int i = 0; i < n; i++) total[i] = out[i] + (scale != 0 ? scale * weight[i] : 0);
-    for (int64_t j = s->bounds[f]; j < s->bounds[f + 1]; j++) {
-        int64_t e = s->order[j];
-        const float *row = s->grad + s->tokens[e] * s->stride + column;
-        float dot = 0;
-        for (int i = 0; i < n; i++) {
-            total[i] += s->values[e] * row[i];
-            if (dots) dot += weight[i] * row[i];
-        }
-        if (dots) dots[e] += dot;
-    }
-    memcpy(out, total, n * sizeof(float));
+static void finish_dots(Sorted *s, int64_t end) {
+    for (int i = s->n_waiting; i < LANES; i++) s->waiting[i] = (v16){0};
+    v16 sums = sums_of(s->waiting);
+    for (int i = 0; i < s->n_waiting; i++) s->dots[end - s->n_waiting + i] += sums[i];
+    s->n_waiting = 0;
 }
 
-static inline __attribute__((always_inline)) void backward_block(const Sorted *s, int64_t f, const float *weight,
-                                                                 float scale, float *out, float *dots, int64_t column) {
-    v16 total[WIDE], own[WIDE];
-    for (int i = 0; i < WIDE; i++) {
-        own[i] = weight ? *(const v16 *)(weight + i * LANES) : (v16){0};
-        total[i] = *(const v16 *)(out + i * LANES) + scale * own[i];
-    }
+static inline __attribute__((always_inline)) void backward_block(Sorted *s, int64_t f, Table grad, const float *weight,
+                                                                 float scale, float *out, int accumulate, int n,
+                                                                 int wants_dots) {
+    v16 total[WIDE] = {{0}}, own[WIDE] = {{0}};
+    if (weight) load_block(weight, n, own);
+    if (accumulate) load_block(out, n, total);
+    for (int i = 0; i < WIDE; i++) total[i] += scale * own[i];
     int64_t stop = s->bounds[f + 1];
     for (int64_t j = s->bounds[f]; j < stop; j++) {
-        int64_t e = s->order[j];
-        if (j + 2 < stop) prefetch_row(s->grad + s->tokens[s->order[j + 2]] * s->stride + column, BLOCK);
-        const float *row = s->grad + s->tokens[e] * s->stride + column;
-        v16 dot[2] = {{0}, {0}};
+        const float *row = grad.rows + s->tokens[j] * grad.stride;
+        v16 dot = {0};
         for (int i = 0; i < WIDE; i++) {
             v16 g = *(const v16 *)(row + i * LANES);
-            total[i] += s->values[e] * g;
-            if (dots) dot[i & 1] += own[i] * g;
+            total[i] += s->values[j] * g;
+            if (wants_dots) dot += own[i] * g;
         }
-        if (dots) dots[e] += sum16(dot[0] + dot[1]);
+        if (wants_dots) {
+            s->waiting[s->n_waiting++] = dot;
+            if (s->n_waiting == LANES) finish_dots(s, j + 1);
+        }
     }
-    for (int i = 0; i < WIDE; i++) *(v16 *)(out + i * LANES) = total[i];
+    store_block(out, n, total);
+}
+
+/* Values and tokens of the entries in sorted order, so that the loops over blocks read them in a row. */
+static void in_order(const float *values, const int64_t *order, const int64_t *tokens, int64_t n_entries,
+                     float *sorted_values, int32_t *sorted_tokens, float *dots) {
+#pragma omp for schedule(static)
+    for (int64_t j = 0; j < n_entries; j++) {
+        sorted_values[j] = values[order[j]];
+        sorted_tokens[j] = (int32_t)tokens[order[j]];
+        if (dots) dots[j] = 0;
+    }
 }
 
 /* Both gradients of a decode in one pass over the rows of `grad`:
  *   out[f]  = (accumulate ? out[f] : 0) + scale[f] * weight[f] + sum over its entries of values * grad[token]
- *   dots[e] = grad[token] . weight[feature]            (if asked for; starts at zero)
+ *   dots[e] = grad[token] . weight[feature]            (if asked for)
  * `weight` and `scale` may be missing where neither is wanted. */
 void clt_backward(const float *values, const int64_t *order, const int64_t *tokens, const int64_t *bounds,
                   const float *grad, const float *weight, const float *scale, float *out, float *dots,
-                  int64_t n_features, int64_t width, int64_t stride, int accumulate) {
-    Sorted s = {values, order, tokens, bounds, grad, width, stride};
-    for (int64_t column = 0; column < width; column += BLOCK) {
-        int n = width - column < BLOCK ? (int)(width - column) : BLOCK;
-#pragma omp parallel for schedule(dynamic, 64)
-        for (int64_t f = 0; f < n_features; f++) {
-            float *row = out + f * width + column;
-            const float *own = weight ? weight + f * width + column : 0;
-            float by = scale ? scale[f] : 0;
-            if (!accumulate) memset(row, 0, n * sizeof(float));
-            if (n < BLOCK)
-                backward_tail(&s, f, own, by, row, dots, column, n);
-            else if (dots)
-                backward_block(&s, f, own, by, row, dots, column);
-            else
-                backward_block(&s, f, own, by, row, 0, column);
-        }
-    }
-}
-
-/* dots[e] = grad[token] . weight[feature], entries in token order. */
-void clt_dots(const int64_t *features, const int64_t *offsets, const float *grad, const float *weight, float *dots,
-              int64_t n_tokens, int64_t width, int64_t stride) {
-    memset(dots, 0, offsets[n_tokens] * sizeof(float));
-    for (int64_t column = 0; column < width; column += BLOCK) {
-        int n = width - column < BLOCK ? (int)(width - column) : BLOCK;
-#pragma omp parallel for schedule(static)
-        for (int64_t t = 0; t < n_tokens; t++) {
-            const float *g = grad + t * stride + column;
-            for (int64_t e = offsets[t]; e < offsets[t + 1]; e++) {
-                const float *row = weight + features[e] * width + column;
-                if (n == BLOCK) {
-                    v16 dot[2] = {{0}, {0}};
-                    for (int i = 0; i < WIDE; i++)
-                        dot[i & 1] += *(const v16 *)(g + i * LANES) * *(const v16 *)(row + i * LANES);
-                    dots[e] += sum16(dot[0] + dot[1]);
-                } else {
-                    float dot = 0;
-                    for (int i = 0; i < n; i++) dot += g[i] * row[i];
-                    dots[e] += dot;
-                }
+                  int64_t n_tokens, int64_t n_features, int64_t width, int64_t stride, int accumulate) {
+    int64_t n_entries = bounds[n_features];
+    float *packed = room(n_tokens);
+    float *sorted_values = malloc((n_entries + 1) * sizeof(float)), *sorted_dots = 0;
+    int32_t *sorted_tokens = malloc((n_entries + 1) * sizeof(int32_t));
+    if (dots) sorted_dots = malloc((n_entries + 1) * sizeof(float));
+#pragma omp parallel
+    {
+        Sorted s = {sorted_values, sorted_tokens, bounds, sorted_dots, {{0}}, 0};
+        in_order(values, order, tokens, n_entries, sorted_values, sorted_tokens, sorted_dots);
+        for (int64_t column = 0; column < width; column += BLOCK) {
+            int n = width - column < BLOCK ? (int)(width - column) : BLOCK;
+            int copied = packs(n_entries, n_tokens, n);
+            Table table = {copied ? packed : grad + column, copied ? BLOCK : stride};
+            if (copied) pack(grad, n_tokens, stride, column, n, packed);
+#pragma omp for schedule(dynamic, 64)
+            for (int64_t f = 0; f < n_features; f++) {
+                float *row = out + f * width + column;
+                const float *own = weight ? weight + f * width + column : 0;
+                float by = scale ? scale[f] : 0;
+                if (n < BLOCK) backward_block(&s, f, table, own, by, row, accumulate, n, dots != 0);
+                else if (dots) backward_block(&s, f, table, own, by, row, accumulate, BLOCK, 1);
+                else backward_block(&s, f, table, own, by, row, accumulate, BLOCK, 0);
+                /* the next feature may be another chunk's */
+                if (s.n_waiting && ((f + 1) % 64 == 0 || f + 1 == n_features)) finish_dots(&s, bounds[f + 1]);
             }
         }
+        if (dots) {
+#pragma omp for schedule(static)
+            for (int64_t j = 0; j < n_entries; j++) dots[order[j]] = sorted_dots[j];
+        }
     }
+    free(packed), free(sorted_values), free(sorted_tokens), free(sorted_dots);
 }
 
 /* Stable counting sort of entries by feature; bounds has n_features + 1 elements. */

@@ -103,7 +103,7 @@ def add_decoded(out: Float[Tensor, "token width"], kept: Kept, weight: Float[Ten
     call(
         library.clt_decode,
         *(kept.values, kept.features, kept.offsets, weight, out),
-        *(len(out), weight.shape[1], out.stride(0)),
+        *(len(out), *weight.shape, out.stride(0)),
     )
 
 
@@ -175,7 +175,7 @@ class ByFeature:
         library = compiled(values, grad, out, weight, scale) if fits else None
         if library is None:
             return self._backward_in_torch(values, grad, out, accumulates, weight, scale, dots)
-        sizes = self.kept.n_features, grad.shape[1], grad.stride(0)
+        sizes = len(grad), self.kept.n_features, grad.shape[1], grad.stride(0)
         places = self.order, self.tokens, self.bounds
         call(library.clt_backward, values, *places, grad, weight, scale, out, dots, *sizes, accumulates)
         return dots
