@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clt.models import CrossLayerTranscoder
 from clt.models.activations import count_kept
-from clt.models.kernels.sparse import Kept, keep_topk
+from clt.models.kernels.sparse import Kept
 
 # Where batchtopk looks first: above this share of what the cut is expected to be. It has to look again, lower down,
 # if that was too high a bar.
@@ -30,6 +30,10 @@ class Encoder(Protocol):
 
     def preactivation(self, source: int) -> Tensor:
         """h, `[token, feature]`."""
+        ...
+
+    def best(self, source: int, scale: Tensor | None, k: int) -> Kept:
+        """The k entries of each token with the largest h * scale."""
         ...
 
     def above(self, source: int, scale: Tensor | None, bound: Tensor) -> tuple[Kept, Tensor]:
@@ -52,8 +56,8 @@ def keep(model: CrossLayerTranscoder, encoder: Encoder, norms: Norms, k_factor: 
     k = round(config.topk_count * k_factor)
     layers = range(config.num_layers)
     if config.topk_mode == "per_layer":
-        return [keep_topk(encoder.preactivation(layer), norms[layer], k) for layer in layers]
-    return _best_of_all_layers([keep_topk(encoder.preactivation(layer), norms[layer], k) for layer in layers], norms, k)
+        return [encoder.best(layer, norms[layer], k) for layer in layers]
+    return _best_of_all_layers([encoder.best(layer, norms[layer], k) for layer in layers], norms, k)
 
 
 def scores_of(kept: Kept, norm: Float[Tensor, " feature"] | None) -> Float[Tensor, " entry"]:

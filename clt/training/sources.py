@@ -20,7 +20,7 @@ from torch import Tensor
 from clt.models import CrossLayerTranscoder
 from clt.models.kernels import matmul
 from clt.models.kernels.gate import GateGradients, GateTerms, gate, gate_backward, gate_transposed
-from clt.models.kernels.sparse import ByFeature, Kept, add_decoded, encode_above, keep_above
+from clt.models.kernels.sparse import ByFeature, Kept, add_decoded, encode_above, encode_topk, keep_above
 from clt.training import gradients
 
 
@@ -44,6 +44,11 @@ class Work:
         """h, computed anew."""
         weight, bias = self.model.W_enc[source].detach(), self.model.b_enc[source].detach()
         return matmul.affine(self.x(source), weight.to(self.dtype), bias.to(self.dtype))
+
+    def best(self, source: int, scale: Float[Tensor, " feature"] | None, k: int) -> Kept:
+        """The k entries of each token with the largest h * scale."""
+        weight, bias = self.model.W_enc[source].detach(), self.model.b_enc[source].detach()
+        return encode_topk(self.x(source), weight.to(self.dtype), bias.to(self.dtype), scale, k)
 
     def above(
         self, source: int, scale: Float[Tensor, " feature"] | None, bound: Float[Tensor, " feature"]
@@ -182,6 +187,8 @@ class EntrySource:
         """Put all gradients of the source's parameters where they belong."""
         work, source, terms = self._work, self._source, self._work.terms
         by = ByFeature(self._kept)
+        if terms.are_absent:
+            return self._backward_of_values(by, grad)
         norm = work.norm(source)
         values, own_norm = self._kept.values, norm[self._kept.features].to(self._kept.values.dtype)
         tanh = (terms.steepness * own_norm * values).tanh() if terms.price else torch.zeros_like(values)
@@ -189,18 +196,33 @@ class EntrySource:
         gaps = torch.zeros_like(norm) if self._gaps is None else self._gaps
         by_norm = 0.0 if terms.negative else terms.pull
         through_norm = by.sum(slope * values).to(norm.dtype) + by_norm * gaps
-        out, counts = gradients.place(work.model.W_dec[source])
-        dots = by.decoder_gradients(
-            grad[:, work.columns(source)],
-            work.decoder(source),
-            work.scale(source, through_norm),
-            out.flatten(1),
-            counts,
-        )
-        assert dots is not None
-        through_a = dots.to(values.dtype) + slope * own_norm
+        through_a = self._decoder_gradients(by, grad, work.scale(source, through_norm)) + slope * own_norm
         sums = self._through_h(by, through_a, through_norm, gaps, by.sum(tanh))
         work.add_sums(source, sums)
+        return sums
+
+    def _decoder_gradients(self, by: ByFeature, grad: Tensor, scale: Tensor | None) -> Float[Tensor, " entry"]:
+        """Put the decoder's where it belongs, and give that of the values."""
+        work, parameter = self._work, self._work.model.W_dec[self._source]
+        out, counts = gradients.place(parameter)
+        wide = grad[:, work.columns(self._source)]
+        dots = by.decoder_gradients(wide, work.decoder(self._source), scale, out.flatten(1), counts)
+        assert dots is not None
+        return dots.to(self._h.dtype)
+
+    def _encoder_gradients(self, by: ByFeature, through_h: Float[Tensor, " entry"]) -> Float[Tensor, " feature"]:
+        """Put the encoder's where it belongs, and give that of the bias."""
+        parameter = self._work.model.W_enc[self._source]
+        out, counts = gradients.place(parameter)
+        by.rows(through_h, self._work.x(self._source).to(parameter.dtype), out, counts)
+        return by.sum(through_h).to(parameter.dtype)
+
+    def _backward_of_values(self, by: ByFeature, grad: Tensor) -> GateGradients:
+        """Where nothing but the reconstruction has a gradient."""
+        bias = self._encoder_gradients(by, self._decoder_gradients(by, grad, None) * self._on)
+        none = torch.zeros_like(bias)
+        sums = GateGradients(bias, none, none, none, none)
+        self._work.add_sums(self._source, sums)
         return sums
 
     def _through_h(
@@ -225,12 +247,10 @@ class EntrySource:
         n_below = len(self._kept.offsets) - 1 - by.sum(above.to(h.dtype)).to(norm.dtype)
         through_theta = -by.sum(step).to(norm.dtype) + (0.0 if terms.negative else 1.0) * pull * n_below
         n_tokens = len(self._kept.offsets) - 1
-        bias = by.sum(through_h).to(norm.dtype) - n_tokens * pull
-        x = work.x(self._source).to(work.model.W_enc[self._source].dtype)
-        out, counts = gradients.place(work.model.W_enc[self._source])
-        by.rows(through_h, x, out, counts)
-        if terms.pull:
-            out.addr_(pull, x.sum(0), alpha=-1)
+        bias = self._encoder_gradients(by, through_h) - n_tokens * pull
+        encoder = work.model.W_enc[self._source]
+        if terms.pull and encoder.grad is not None:
+            encoder.grad.addr_(pull, work.x(self._source).to(encoder.dtype).sum(0), alpha=-1)
         return GateGradients(bias, through_theta, through_norm, price, gaps)
 
 

@@ -16,6 +16,7 @@ from clt.models import CrossLayerTranscoder
 from clt.training.diagnose import explain_nonfinite
 from clt.training.ema import WeightAverage
 from clt.training.explicit import ExplicitPass
+from clt.training.gradients import forget, put_aside
 from clt.training.losses import Losses, LossManager
 from clt.training.optim import build_optimizer, clip_gradients, require_streaming, set_learning_rate
 from clt.training.routes import RouteChooser, why_plain
@@ -109,7 +110,7 @@ class Engine:
             TrainingError: a loss or a gradient is not finite, more often than `skip_nonfinite_steps` allows.
         """
         before = self.model.running_threshold.clone()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._clear_gradients()
         set_learning_rate(self.optimizer, self.peak_learning_rate * learning_rate_factor(self.config, step))
         result = self._accumulate(batch, step, dead)
         if self.config.optimizer_in_backward:
@@ -125,6 +126,13 @@ class Engine:
         if self.average is not None:
             self.average.update()
         return result
+
+    def _clear_gradients(self) -> None:
+        """Before a step; the memory of gathered gradients is used again, that of products comes with the product."""
+        if self.routes is not None and self.routes.route == "sparse":
+            put_aside(self.model.parameters())
+        else:
+            forget(self.model.parameters())
 
     def _streamed(self, result: StepResult, batch: ActivationBatch, step: int) -> StepResult:
         """The end of a step whose weights were updated on the way: all that is left is to see that all was well."""

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-SOURCES = ("sparse.c", "select.c", "dense.c")
+SOURCES = ("sparse.c", "select.c", "screen.c", "dense.c")
+_HEADERS = ("select.h",)
 # Not -ffast-math: a NaN must stay one, or a broken step would not be noticed.
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
 _TIMEOUT_SECONDS = 120.0
@@ -65,7 +66,7 @@ def processor() -> str:
 def _fingerprint(compiler: str, sources: list[Path]) -> str:
     parts = [compiler, processor(), torch.__version__, *_FLAGS]
     digest = hashlib.sha256("\n".join(parts).encode())
-    for source in sources:
+    for source in [*sources, *(source.with_name(name) for source in sources[:1] for name in _HEADERS)]:
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
 

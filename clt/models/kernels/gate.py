@@ -34,6 +34,11 @@ class GateTerms:
     reaches_h: bool = False
     """The straight-through term also trains what h is made of."""
 
+    @property
+    def are_absent(self) -> bool:
+        """Whether nothing but the reconstruction has a gradient."""
+        return not (self.price or self.pull or self.bandwidth)
+
 
 @dataclass(frozen=True)
 class GateGradients:

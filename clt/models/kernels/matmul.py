@@ -21,6 +21,8 @@ from clt.models.kernels.build import cache_folder, processor
 # Products of fewer multiplications are left to torch: the detour costs more than it gains.
 _SMALL = 2**24
 _SIZE, _REPEATS = 768, 4
+# By so much bf16 products must be faster than fp32's to be worth a further pass over the results.
+_MUCH = 1.4
 
 
 def product(
@@ -74,29 +76,52 @@ def onednn_is_faster() -> bool:
     wanted = os.environ.get("CLT_MATMUL")
     if wanted is not None:
         return wanted == "onednn"
-    if not torch.backends.mkldnn.is_available():
-        return False
+    return torch.backends.mkldnn.is_available() and _seconds("onednn") < _seconds("torch")
+
+
+def bf16_screens(n_multiplications: int) -> bool:
+    """Whether an fp32 encoder first looks where its largest results are by bf16 products, which costs a pass more.
+
+    `CLT_SCREEN=1` or `0` decides instead of what was measured.
+    """
+    wanted = os.environ.get("CLT_SCREEN")
+    if wanted is not None:
+        return wanted == "1"
+    return n_multiplications >= _SMALL and _bf16_is_much_faster()
+
+
+@functools.cache
+def _bf16_is_much_faster() -> bool:
+    return _MUCH * _seconds("bf16") < _seconds("onednn" if onednn_is_faster() else "torch")
+
+
+@functools.cache
+def _seconds(way: str) -> float:
+    """What a product takes on this machine, one of three ways; all are measured once and kept in a file."""
     path = cache_folder() / "matmul.json"
     key = f"{processor()} torch {torch.__version__} {torch.get_num_threads()} threads"
     try:
         known = json.loads(path.read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         known = {}
-    if key not in known:
+    if not isinstance(known.get(key), dict):
         known[key] = _measure()
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(known, indent=2))
-    return known[key]
+    return known[key][way]
 
 
-def _measure() -> bool:
-    """Both in turn, best of a few, so that other work on the machine hits both alike."""
+def _measure() -> dict[str, float]:
+    """All in turn, best of a few, so that other work on the machine hits all alike."""
     a, b = (torch.rand(_SIZE, _SIZE, generator=torch.Generator().manual_seed(0)) for _ in range(2))
-    seconds: dict[str, list[float]] = {"torch": [], "onednn": []}
-    ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"torch": torch.mm, "onednn": _onednn}
+    halves = a.bfloat16(), b.bfloat16()
+    ways: dict[str, Callable[[], Tensor]] = {"torch": lambda: torch.mm(a, b), "bf16": lambda: torch.mm(*halves)}
+    if torch.backends.mkldnn.is_available():
+        ways["onednn"] = lambda: _onednn(a, b)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(_REPEATS):
         for name, way in ways.items():
             start = time.perf_counter()
-            way(a, b)
+            way()
             seconds[name].append(time.perf_counter() - start)
-    return min(seconds["onednn"]) < min(seconds["torch"])
+    return {name: min(times) for name, times in seconds.items()}

@@ -1,18 +1,14 @@
 /* From pre-activations to the kept entries in one pass, for fp32 and bf16. The type is chosen by the caller: `half`
  * says that `h` holds bf16 bit patterns. Scores are h * scale[feature] (scale may be missing). */
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "select.h"
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
-typedef float v16 __attribute__((vector_size(64), aligned(4)));
+#define FEW 256
+
 typedef uint32_t u16x32 __attribute__((vector_size(64), aligned(4)));
 typedef uint16_t u16x16 __attribute__((vector_size(32), aligned(2)));
-
-#define LANES 16
 
 /* A row of h as floats, in `row` if it has to be converted or scaled. */
 static const float *scores_of(const void *h, int half, const float *scale, int64_t start, int64_t n, float *row) {
@@ -46,8 +42,34 @@ static inline float value_at(const void *h, int half, int64_t i) {
     return value;
 }
 
-/* The k-th largest of n numbers (1 <= k <= n), which it reorders. */
+/* As below, for few: halving the range of numbers, read as integers of the same order, takes no branch per number. */
+static float kth_of_few(const float *x, int64_t n, int64_t k) {
+    int32_t keys[FEW];
+    int64_t low = INT32_MAX, high = INT32_MIN; /* the result lies within; at least k numbers reach low */
+    memcpy(keys, x, n * sizeof(float));
+    for (int64_t i = 0; i < n; i++) {
+        keys[i] ^= (keys[i] >> 31) & 0x7fffffff;
+        low = keys[i] < low ? keys[i] : low;
+        high = keys[i] > high ? keys[i] : high;
+    }
+    while (low < high) {
+        int32_t middle = (int32_t)(low + (high - low + 1) / 2), reach = 0;
+        for (int64_t i = 0; i < n; i++) reach += keys[i] >= middle;
+        if (reach >= k) low = middle;
+        else high = middle - 1;
+        if (reach == k) break; /* then it is the smallest of these */
+    }
+    int32_t found = INT32_MAX;
+    for (int64_t i = 0; i < n; i++) found = keys[i] >= low && keys[i] < found ? keys[i] : found;
+    found ^= (found >> 31) & 0x7fffffff;
+    float value;
+    memcpy(&value, &found, 4);
+    return value;
+}
+
+/* The k-th largest of n numbers (1 <= k <= n, none a NaN), which it reorders. */
 static float kth_largest(float *x, int64_t n, int64_t k) {
+    if (n <= FEW) return kth_of_few(x, n, k);
     int64_t low = 0, high = n - 1, want = k - 1;
     while (low < high) {
         float a = x[low], b = x[(low + high) / 2], c = x[high];
@@ -69,60 +91,64 @@ static float kth_largest(float *x, int64_t n, int64_t k) {
     return x[want];
 }
 
-/* Where the k largest of a row may lie: lane maxima of groups of vectors bound the k-th largest from below, so only
- * lanes whose maximum reaches that bound are looked through. Returns how many candidates there are, k or more, or 0 if
- * the row is too short for this, or holds a NaN. */
-static int64_t candidates(const float *s, int64_t n, int64_t k, float *maxima, float *copy, int64_t *where) {
+/* For each lane the largest of a run of vectors; returns whether there was no NaN. */
+static int lane_maxima(const float *s, int64_t first, int64_t last, float *best) {
+#ifdef __AVX512F__
+    __m512 most = _mm512_set1_ps(-INFINITY);
+    __mmask16 bad = 0;
+    for (int64_t i = first; i < last; i++) {
+        __m512 v = _mm512_loadu_ps(s + i * LANES);
+        bad |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+        most = _mm512_max_ps(most, v);
+    }
+    _mm512_storeu_ps(best, most);
+    return bad == 0;
+#else
+    v16 bad = {0};
+    for (int j = 0; j < LANES; j++) best[j] = -INFINITY;
+    for (int64_t i = first; i < last; i++) {
+        const float *v = s + i * LANES;
+        bad += *(const v16 *)v * 0;
+        for (int j = 0; j < LANES; j++) best[j] = v[j] > best[j] ? v[j] : best[j];
+    }
+    for (int j = 0; j < LANES; j++)
+        if (!(bad[j] == 0)) return 0;
+    return 1;
+#endif
+}
+
+/* Lane maxima of groups of vectors bound the k-th largest of a row from below, closely: of four times as many lanes as
+ * are wanted, few have two of the largest. -INFINITY if the row is too short for this, or holds a NaN. */
+float clt_bound_below(const float *s, int64_t n, int64_t k, float *work) {
     int64_t vectors = n / LANES, groups = (4 * k + LANES - 1) / LANES;
     if (groups * 2 > vectors) groups = vectors / 2;
-    if (groups * LANES < k + LANES) return 0;
-    int64_t per = (vectors + groups - 1) / groups, found = 0;
-    v16 bad = {0};
+    if (groups * LANES < k + LANES) return -INFINITY;
+    int64_t per = (vectors + groups - 1) / groups;
     for (int64_t g = 0; g < groups; g++) {
         int64_t first = g * per, last = first + per < vectors ? first + per : vectors;
-        float *best = maxima + g * LANES;
-        for (int j = 0; j < LANES; j++) best[j] = -INFINITY;
-        for (int64_t i = first; i < last; i++) {
-            const float *v = s + i * LANES;
-            bad += *(const v16 *)v * 0;
-            for (int j = 0; j < LANES; j++) best[j] = v[j] > best[j] ? v[j] : best[j];
-        }
+        if (!lane_maxima(s, first, last, work + g * LANES)) return -INFINITY;
     }
-    for (int i = 0; i < LANES; i++)
-        if (!(bad[i] == 0)) return 0;
-    memcpy(copy, maxima, groups * LANES * sizeof(float));
-    float bound = kth_largest(copy, groups * LANES, k);
-    for (int64_t m = 0; m < groups * LANES; m++) {
-        if (maxima[m] < bound) continue;
-        int64_t first = (m / LANES) * per, last = first + per < vectors ? first + per : vectors;
-        for (int64_t i = first; i < last; i++) {
-            int64_t at = i * LANES + m % LANES;
-            where[found] = at;
-            found += s[at] >= bound;
-        }
+    for (int64_t i = vectors * LANES; i < n; i++)
+        if (!(s[i] == s[i])) return -INFINITY;
+    return kth_largest(work, groups * LANES, k);
+}
+
+int64_t clt_not_below(const float *s, int64_t n, float bound, int64_t *where) {
+    int64_t found = 0, i = 0;
+#ifdef __AVX512F__
+    __m512 least = _mm512_set1_ps(bound);
+    for (; i + LANES <= n; i += LANES) {
+        uint32_t mask = _mm512_cmp_ps_mask(_mm512_loadu_ps(s + i), least, _CMP_NLT_UQ);
+        for (; mask; mask &= mask - 1) where[found++] = i + __builtin_ctz(mask);
     }
-    for (int64_t i = vectors * LANES; i < n; i++) {
-        if (!(s[i] == s[i])) return 0;
-        where[found] = i;
-        found += s[i] >= bound;
-    }
+#endif
+    for (; i < n; i++)
+        if (!(s[i] < bound)) where[found++] = i;
     return found;
 }
 
-static int by_index(const void *a, const void *b) {
-    int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
-    return (x > y) - (x < y);
-}
-
-/* The k entries of a row with the largest scores, smallest index first among equals; a NaN counts as the largest. */
-static void topk_of(const float *s, int64_t n, int64_t k, float *work, int64_t *where, int64_t *out) {
-    int64_t found = candidates(s, n, k, work, work + n, where), kept = 0;
-    if (found == 0) {
-        for (int64_t i = 0; i < n; i++) where[i] = i;
-        found = n;
-    } else {
-        qsort(where, found, sizeof(int64_t), by_index);
-    }
+void clt_topk_of(const float *s, int64_t n, int64_t k, float *work, int64_t *where, int64_t *out) {
+    int64_t found = clt_not_below(s, n, clt_bound_below(s, n, k, work), where), kept = 0;
     for (int64_t i = 0; i < found; i++) {
         float v = s[where[i]];
         work[i] = v == v ? v : INFINITY;
@@ -142,12 +168,12 @@ void clt_topk(const void *h, int half, const float *scale, int64_t n_tokens, int
 #pragma omp parallel
     {
         float *row = malloc((n_features + LANES) * sizeof(float));
-        float *work = malloc((2 * n_features + 2 * LANES) * sizeof(float));
+        float *work = malloc((n_features + LANES) * sizeof(float));
         int64_t *where = malloc((n_features + 1) * sizeof(int64_t));
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < n_tokens; t++) {
             const float *s = scores_of(h, half, scale, t * n_features, n_features, row);
-            topk_of(s, n_features, k, work, where, features + t * k);
+            clt_topk_of(s, n_features, k, work, where, features + t * k);
             for (int64_t i = 0; i < k; i++) values[t * k + i] = value_at(h, half, t * n_features + features[t * k + i]);
         }
         free(row), free(work), free(where);

@@ -8,6 +8,10 @@
  * Rows are gathered a block of columns at a time, from a packed copy of that block: it stays in a core's second-level
  * cache, while the rows themselves, a power of two apart, would all fall into the same few lines of it.
  */
+#include <immintrin.h>
+#include <immintrin.h>
+#include <immintrin.h>
+#include <immintrin.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -20,6 +24,7 @@ typedef int32_t i16 __attribute__((vector_size(64)));
 
 #define LANES 16
 #define WIDE 4               /* vectors per column block: the accumulators of one row */
+#define NARROW 2             /* in decoding, whose table has a row per feature and would not fit otherwise */
 #define BLOCK (WIDE * LANES)
 #define REUSE 2              /* gathers per row from which packing pays */
 
@@ -33,29 +38,26 @@ static float *room(int64_t n_rows) {
     return rows;
 }
 
-/* rows[i, :BLOCK] = from[i, column .. column + n], filled up with zeros; shared out among the threads that meet here. */
-static void pack(const float *from, int64_t n_rows, int64_t stride, int64_t column, int n, float *rows) {
+/* rows[i, :block] = from[i, column .. column + n], filled up with zeros; shared out among the threads that meet here. */
+static void pack(const float *from, int64_t n_rows, int64_t stride, int64_t column, int n, int block, float *rows) {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < n_rows; i++) {
-        memcpy(rows + i * BLOCK, from + i * stride + column, n * sizeof(float));
-        if (n < BLOCK) memset(rows + i * BLOCK + n, 0, (BLOCK - n) * sizeof(float));
+        memcpy(rows + i * block, from + i * stride + column, n * sizeof(float));
+        if (n < block) memset(rows + i * block + n, 0, (block - n) * sizeof(float));
     }
 }
 
-/* Whether a block is gathered from a packed copy: an incomplete one has to be. */
-static inline int packs(int64_t n_gathers, int64_t n_rows, int n) { return n < BLOCK || n_gathers > REUSE * n_rows; }
-
 /* A row's part in a block, vector by vector where it is whole: the compiler then keeps it in registers. */
-static inline __attribute__((always_inline)) void load_block(const float *from, int n, v16 *to) {
+static inline __attribute__((always_inline)) void load_block(const float *from, int n, int wide, v16 *to) {
     float whole[BLOCK] = {0};
-    if (n < BLOCK) memcpy(whole, from, n * sizeof(float)), from = whole;
-    for (int i = 0; i < WIDE; i++) to[i] = *(const v16 *)(from + i * LANES);
+    if (n < wide * LANES) memcpy(whole, from, n * sizeof(float)), from = whole;
+    for (int i = 0; i < wide; i++) to[i] = *(const v16 *)(from + i * LANES);
 }
 
-static inline __attribute__((always_inline)) void store_block(float *to, int n, const v16 *from) {
-    float whole[BLOCK], *place = n < BLOCK ? whole : to;
-    for (int i = 0; i < WIDE; i++) *(v16 *)(place + i * LANES) = from[i];
-    if (n < BLOCK) memcpy(to, whole, n * sizeof(float));
+static inline __attribute__((always_inline)) void store_block(float *to, int n, int wide, const v16 *from) {
+    float whole[BLOCK], *place = n < wide * LANES ? whole : to;
+    for (int i = 0; i < wide; i++) *(v16 *)(place + i * LANES) = from[i];
+    if (n < wide * LANES) memcpy(to, whole, n * sizeof(float));
 }
 
 typedef struct {
@@ -65,31 +67,32 @@ typedef struct {
 
 static inline __attribute__((always_inline)) void decode_block(const float *values, const int64_t *features,
                                                                int64_t start, int64_t stop, Table table, int n,
-                                                               float *out) {
+                                                               int wide, float *out) {
     v16 total[WIDE];
-    load_block(out, n, total);
+    load_block(out, n, wide, total);
     for (int64_t e = start; e < stop; e++) {
         const float *row = table.rows + features[e] * table.stride;
-        for (int i = 0; i < WIDE; i++) total[i] += values[e] * *(const v16 *)(row + i * LANES);
+        for (int i = 0; i < wide; i++) total[i] += values[e] * *(const v16 *)(row + i * LANES);
     }
-    store_block(out, n, total);
+    store_block(out, n, wide, total);
 }
 
 /* out[t, :width] += sum over the token's entries of values * weight[feature, :]; rows of `out` lie `stride` apart. */
 void clt_decode(const float *values, const int64_t *features, const int64_t *offsets, const float *weight, float *out,
                 int64_t n_tokens, int64_t n_features, int64_t width, int64_t stride) {
+    int pays = offsets[n_tokens] > REUSE * n_features, block = (pays ? NARROW : WIDE) * LANES;
     float *packed = room(n_features);
 #pragma omp parallel
-    for (int64_t column = 0; column < width; column += BLOCK) {
-        int n = width - column < BLOCK ? (int)(width - column) : BLOCK;
-        int copied = packs(offsets[n_tokens], n_features, n);
-        Table table = {copied ? packed : weight + column, copied ? BLOCK : width};
-        if (copied) pack(weight, n_features, width, column, n, packed);
+    for (int64_t column = 0; column < width; column += block) {
+        int n = width - column < block ? (int)(width - column) : block, copied = pays || n < block;
+        Table table = {copied ? packed : weight + column, copied ? block : width};
+        if (copied) pack(weight, n_features, width, column, n, block, packed);
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < n_tokens; t++) {
             float *place = out + t * stride + column;
-            if (n == BLOCK) decode_block(values, features, offsets[t], offsets[t + 1], table, BLOCK, place);
-            else decode_block(values, features, offsets[t], offsets[t + 1], table, n, place);
+            if (n < block) decode_block(values, features, offsets[t], offsets[t + 1], table, n, block / LANES, place);
+            else if (pays) decode_block(values, features, offsets[t], offsets[t + 1], table, NARROW * LANES, NARROW, place);
+            else decode_block(values, features, offsets[t], offsets[t + 1], table, BLOCK, WIDE, place);
         }
     }
     free(packed);
@@ -125,8 +128,8 @@ static inline __attribute__((always_inline)) void backward_block(Sorted *s, int6
                                                                  float scale, float *out, int accumulate, int n,
                                                                  int wants_dots) {
     v16 total[WIDE] = {{0}}, own[WIDE] = {{0}};
-    if (weight) load_block(weight, n, own);
-    if (accumulate) load_block(out, n, total);
+    if (weight) load_block(weight, n, WIDE, own);
+    if (accumulate) load_block(out, n, WIDE, total);
     for (int i = 0; i < WIDE; i++) total[i] += scale * own[i];
     int64_t stop = s->bounds[f + 1];
     for (int64_t j = s->bounds[f]; j < stop; j++) {
@@ -142,7 +145,8 @@ static inline __attribute__((always_inline)) void backward_block(Sorted *s, int6
             if (s->n_waiting == LANES) finish_dots(s, j + 1);
         }
     }
-    store_block(out, n, total);
+    if (n == BLOCK && !accumulate && ((uintptr_t)out & 63) == 0) for (int i = 0; i < WIDE; i++) _mm512_stream_ps(out + i * LANES, (__m512)total[i]);
+    else store_block(out, n, WIDE, total);
 }
 
 /* Values and tokens of the entries in sorted order, so that the loops over blocks read them in a row. */
@@ -174,9 +178,9 @@ void clt_backward(const float *values, const int64_t *order, const int64_t *toke
         in_order(values, order, tokens, n_entries, sorted_values, sorted_tokens, sorted_dots);
         for (int64_t column = 0; column < width; column += BLOCK) {
             int n = width - column < BLOCK ? (int)(width - column) : BLOCK;
-            int copied = packs(n_entries, n_tokens, n);
+            int copied = n < BLOCK || n_entries > REUSE * n_tokens;
             Table table = {copied ? packed : grad + column, copied ? BLOCK : stride};
-            if (copied) pack(grad, n_tokens, stride, column, n, packed);
+            if (copied) pack(grad, n_tokens, stride, column, n, BLOCK, packed);
 #pragma omp for schedule(dynamic, 64)
             for (int64_t f = 0; f < n_features; f++) {
                 float *row = out + f * width + column;

@@ -6,6 +6,7 @@ Nothing here carries gradients; every sum has one order, whatever the number of 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Integer
@@ -52,6 +53,41 @@ def keep_topk(h: Float[Tensor, "token feature"], scale: Float[Tensor, " feature"
         call(library.clt_topk, h, half, scale, n_tokens, n_features, k, features, values)
     offsets = torch.arange(n_tokens + 1, device=h.device) * k
     return Kept(_wide(values).reshape(-1), features.reshape(-1), offsets, n_features)
+
+
+def encode_topk(
+    x: Float[Tensor, "token d_model"],
+    weight: Float[Tensor, "feature d_model"],
+    bias: Float[Tensor, " feature"],
+    scale: Float[Tensor, " feature"] | None,
+    k: int,
+) -> Kept:
+    """`keep_topk` of h = x W^T + b; where bf16 products are much faster, fp32 computes only what they leave in doubt.
+
+    The choice is that of fp32 all the same: screen.c says how.
+    """
+    n_tokens, n_features, k = len(x), len(weight), min(k, len(weight))
+    library = compiled(x, weight, bias, scale)
+    fits = library is not None and k > 0 and n_tokens > 0
+    if library is None or not fits or not matmul.bf16_screens(n_tokens * n_features * x.shape[1]):
+        return keep_topk(matmul.affine(x, weight, bias), scale, k)
+    (x_half, *x_lengths), (half, *lengths) = (_rounded(rows.contiguous(), library) for rows in (x, weight))
+    values, features = x.new_empty(n_tokens, k), torch.empty(n_tokens, k, dtype=torch.int64)
+    by = torch.ones_like(bias) if scale is None else scale
+    sizes = n_tokens, n_features, x.shape[1], k
+    call(
+        library.clt_topk_screened,
+        *(torch.mm(x_half, half.T), bias, by, x.contiguous(), weight, *x_lengths, *lengths, *sizes, features, values),
+    )
+    return Kept(values.reshape(-1), features.reshape(-1), torch.arange(n_tokens + 1) * k, n_features)
+
+
+def _rounded(rows: Float[Tensor, "row column"], library: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """In bf16; the length of each row, and of what rounding took from it."""
+    half = torch.empty_like(rows, dtype=torch.bfloat16)
+    length, lost = rows.new_empty(len(rows)), rows.new_empty(len(rows))
+    call(library.clt_round_rows, rows, *rows.shape, half, length, lost)
+    return half, length, lost
 
 
 def keep_above(
