@@ -9,6 +9,7 @@ import importlib
 import keyword
 import os
 import sys
+import types
 
 from clt import __version__
 from clt.errors import CLTError, ConfigError
@@ -16,6 +17,8 @@ from clt.errors import CLTError, ConfigError
 COMMANDS = {
     "Start here": {
         "demo": "The whole job on the embedded vision-language model: a report in runs/demo/.",
+        "doctor": "What this machine has, what is missing for which feature, and whether a host is supported.",
+        "completion": "Print the completion script of a shell: bash, zsh or fish.",
     },
     "Activations": {
         "generate": "Capture what a host's MLPs read and write, to disk.",
@@ -66,7 +69,16 @@ Cross-layer transcoders for language and vision-language models.
 
 {groups}
 
-Flags may be written with - or _. An error prints one message and exits with 2; --debug shows where it came from.
+Examples:
+  clt demo --quick
+  clt generate --model gpt2 --dataset texts.jsonl --target-total-tokens 2000000 --dry-run
+  clt train    --data activations/gpt2/texts_train --output-dir runs/gpt2 --num-features 3072
+  clt train    --config runs/gpt2/run.json --output-dir runs/gpt2-seed-1 --seed 1
+  clt fidelity --model gpt2 --clt runs/gpt2 --dataset held_out.jsonl --json
+
+Flags may be written with - or _. Every command takes --dry-run, --json, --config FILE and --debug.
+Exit codes: 0 done; 2 asked for something that cannot be (one message, no traceback); 130 stopped with Ctrl-C;
+1 a mistake in crosslayer itself. The documentation is in docs/ of the source.
 """
 
 
@@ -110,7 +122,24 @@ def run(name: str, arguments: list[str]) -> None:
         module.main(module.parse(arguments))
         return
     module = importlib.import_module(f"clt.scripts.{module_name(name)}")
-    module.main(tyro.cli(module.Options, prog=f"clt {name}", description=module.__doc__, args=arguments))
+    if name in LAUNCHERS:
+        module.main(tyro.cli(module.Options, prog=f"clt {name}", description=module.__doc__, args=arguments))
+        return
+    from clt.scripts.invoke import run_module
+
+    run_module(module, name, arguments)
+
+
+def report_mistake(kind: type[BaseException], error: BaseException, traceback: types.TracebackType | None) -> None:
+    """What stands on the screen instead of the traceback of an error that nobody foresaw."""
+    last = traceback
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    where = f" ({last.tb_frame.f_code.co_filename}:{last.tb_lineno})" if last is not None else ""
+    advice = "This is a mistake in crosslayer, not in what you asked for. --debug shows all of it; please report it."
+    if kind.__name__ == "OutOfMemoryError":
+        advice = "The device's memory is full: take a smaller batch (or --micro-batch-tokens), or another --dtype."
+    sys.stderr.write(f"clt: {kind.__name__}: {error}{where}\n{advice}\n")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -124,6 +153,8 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments[0] == "--version":
         sys.stdout.write(f"crosslayer {__version__}\n")
         return
+    if not debug:
+        sys.excepthook = report_mistake
     name, rest = arguments[0], arguments[1:]
     names = [command for commands in COMMANDS.values() for command in commands]
     if name not in (*names, *LAUNCHERS):
@@ -131,8 +162,13 @@ def main(arguments: list[str] | None = None) -> None:
         hint = f" Did you mean `clt {close[0]}`?" if close else ""
         sys.stderr.write(f"clt: no command {name!r}.{hint} `clt --help` lists them.\n")
         sys.exit(2)
+    run_guarded(name, rest, debug)
+
+
+def run_guarded(name: str, arguments: list[str], debug: bool) -> None:
+    """Run a command; what it refuses is one message and exit code 2."""
     try:
-        run(name, rest)
+        run(name, arguments)
     except CLTError as error:
         if debug:
             raise
@@ -142,6 +178,10 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stderr.write(f"\nclt {name}: stopped. The same command goes on from the last saved point.\n")
         # Worker threads of torch may still hold the interpreter; 130 is what a shell expects after Ctrl-C.
         sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read our output has seen enough (`clt data info ... | head`); nothing may be written at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except OSError as error:
         if debug:
             raise

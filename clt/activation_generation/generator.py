@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from tqdm import tqdm
 
 from clt.activation_generation.batches import SPLITS, BatchPlanner, RowBatch, Split
 from clt.activation_generation.corpus import dataset_folder, host_path, is_world, model_folder, samples_of
@@ -28,6 +27,7 @@ from clt.data.writer import ActivationWriter
 from clt.errors import DatasetError
 from clt.lm import HostInputs, ModelAdapter
 from clt.lm.nnsight_backend import NNsightAdapter, require_nnsight, through_nnsight
+from clt.progress import progress_bar
 from clt.types import ActivationBatch, TokenKind
 
 WHERE_ONLY = (
@@ -238,13 +238,7 @@ class ActivationGenerator:
         left = self._budgets()
         # The writer shuffles, measures and saves a batch while the host is at the next one.
         with (
-            tqdm(
-                total=self.config.target_total_tokens,
-                unit=" tokens",
-                unit_scale=True,
-                file=sys.stderr,
-                disable=None,  # no bar where nobody looks (a file, a pipe)
-            ) as bar,
+            progress_bar(self.config.target_total_tokens, "capture", "tokens") as bar,
             Background() as background,
         ):
             for rows in self._batches(adapter):

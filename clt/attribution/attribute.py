@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from jaxtyping import Float32
 from torch import Tensor
-from tqdm import tqdm
 
 from clt import __version__
 from clt.attribution.assemble import assemble
@@ -39,6 +38,7 @@ from clt.lm import HostInputs
 from clt.lm.linear import LinearHost
 from clt.lm.linear_constants import not_linear
 from clt.models import CrossLayerTranscoder
+from clt.progress import progress_bar
 from clt.replacement import ReplacementModel
 from clt.types import Sample
 
@@ -138,8 +138,8 @@ def compute_rows(store: RowStore, setting: Setting, options: AttributionOptions,
     first_target = setting.sources.n_columns + 1
     weights = {first_target + k: node.probability for k, node in enumerate(setting.targets.nodes)}
     backward = Backward(setting.linear, setting.transcoder, setting.sources, batch)
-    with tqdm(total=wanted + n_targets, desc="rows", disable=not progress) as bar:
-        bar.update(len(store.row_ids))
+    done_before = len(store.row_ids)
+    with progress_bar(wanted + n_targets, "rows", "rows", initial=done_before, hidden=not progress) as bar:
         for start in range(0, n_targets, batch):
             ids = [first_target + k for k in range(start, min(start + batch, n_targets))]
             _append(store, setting, backward, [row for row in ids if row not in store.row_ids])

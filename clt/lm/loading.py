@@ -52,23 +52,18 @@ def load_host(
     """
     name = str(name_or_path)
     with quietly():
-        config = _opened(name, "configuration", AutoConfig.from_pretrained, revision=revision)
+        config = host_config(name, revision=revision)
         is_multimodal = sees_images(config)
-        if not is_multimodal and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise HostModelError(
-                f"{name} is a {config.model_type!r} model, which neither completes text nor answers about images. "
-                "A host is a causal language model or an image-text-to-text model."
-            )
         processor = None
         if is_multimodal:
-            processor = _opened(name, "processor", AutoProcessor.from_pretrained, revision=revision)
+            processor = opened(name, "processor", AutoProcessor.from_pretrained, revision=revision)
             if not isinstance(processor, ProcessorMixin):
                 raise HostModelError(f"Cannot open the processor of host {name!r}: {_remedy(name, 'processor')}")
             tokenizer = processor.tokenizer  # pyright: ignore[reportAttributeAccessIssue]
         else:
-            tokenizer = _opened(name, "tokenizer", AutoTokenizer.from_pretrained, revision=revision)
+            tokenizer = opened(name, "tokenizer", AutoTokenizer.from_pretrained, revision=revision)
         loader = AutoModelForImageTextToText if is_multimodal else AutoModelForCausalLM
-        model, report = _opened(
+        model, report = opened(
             name,
             "weights",
             loader.from_pretrained,
@@ -81,6 +76,21 @@ def load_host(
     if "device_map" not in model_options:
         model = model.to(choose_device(device))
     return LoadedHost(model.eval().requires_grad_(False), tokenizer, processor)
+
+
+def host_config(name: str, *, revision: str | None = None) -> PreTrainedConfig:
+    """The configuration of a model that can be a host.
+
+    Raises:
+        HostModelError: not found, not readable, or of a kind that neither completes text nor answers about images.
+    """
+    config = opened(name, "configuration", AutoConfig.from_pretrained, revision=revision)
+    if not sees_images(config) and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise HostModelError(
+            f"{name} is a {config.model_type!r} model, which neither completes text nor answers about images. "
+            "A host is a causal language model or an image-text-to-text model."
+        )
+    return config
 
 
 def sees_images(config: PreTrainedConfig) -> bool:
@@ -109,7 +119,7 @@ def quietly() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _opened(name: str, part: str, open_: Any, **options: Any) -> Any:
+def opened(name: str, part: str, open_: Any, **options: Any) -> Any:
     """Call a `from_pretrained`, turning its many exceptions into one with a way out."""
     try:
         return open_(name, **options)

@@ -15,13 +15,13 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
-from tqdm import tqdm
 
 from clt.config import TrainingConfig
 from clt.config.base import Config, require_one_of, require_positive
 from clt.errors import ConfigError, HostModelError, TrainingError
 from clt.models import CrossLayerTranscoder
 from clt.models.checkpoint import load_transcoder, read_tensors, save_tensors, save_transcoder
+from clt.progress import progress_bar
 from clt.replacement.model import ReplacementModel
 from clt.replacement.scores import Scored, scored_positions
 from clt.training.interrupts import Interrupts
@@ -139,7 +139,7 @@ class Finetuner:
     def train(self) -> CrossLayerTranscoder:
         """Run to the last step, save, and return the transcoder; Ctrl-C writes a checkpoint first."""
         tracker = JSONLTracker(self.folder.path / METRICS, self.step)
-        bar = tqdm(total=self.config.steps, initial=self.step, desc="fine-tuning")
+        bar = progress_bar(self.config.steps, "fine-tuning", initial=self.step)
         try:
             with Interrupts() as interrupts:
                 while self.step < self.config.steps:

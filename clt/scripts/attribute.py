@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -24,6 +24,7 @@ from clt.attribution.prune import PrunedGraph
 from clt.attribution.targets import TargetChoice
 from clt.errors import ConfigError
 from clt.replacement import ReplacementModel
+from clt.scripts.plans import record_options, transcoder_line
 from clt.types import Sample
 from clt.viz.graph_page import write_graph_page
 
@@ -97,6 +98,16 @@ class Options(AttributionOptions):
         return list(self.target) or None
 
 
+def plan(options: Options) -> dict[str, Any]:
+    """What would be read and written."""
+    folder = options.out or Path("graphs") / (options.slug or "<a name made from the prompt>")
+    files = [each for each in (options.neuronpedia, options.pt, options.html) if each is not None]
+    reads = [f"the world {options.world}: its host, and a transcoder trained on the spot"]
+    if options.world is None:
+        reads = [f"the host {options.model}", transcoder_line(str(options.transcoder))]
+    return {"read": [*reads, *map(str, options.image)], "write": [str(each) for each in (folder, *files)]}
+
+
 def main(options: Options) -> None:
     """Compute, check, save, print."""
     model, prompt, scan = open_all(options)
@@ -112,6 +123,7 @@ def main(options: Options) -> None:
     )
     folder = options.out or Path("graphs") / str(graph.info["slug"])
     graph.save(folder)
+    record_options(folder, options)
     pruned = graph.prune(node_threshold=options.node_threshold, edge_threshold=options.edge_threshold)
     if options.neuronpedia is not None:
         write_circuit_tracer_json(

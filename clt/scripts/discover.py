@@ -24,6 +24,7 @@ from clt.discovery.sweep import SweepOptions
 from clt.errors import ConfigError
 from clt.scripts.bench import Choices
 from clt.scripts.phase import given, progress, say
+from clt.scripts.plans import record_options, transcoder_line
 
 Flat = tyro.conf.OmitArgPrefixes
 WORLDS = ("shapes", "shapes-pope", "shapes-amber")
@@ -79,10 +80,30 @@ class Options(Config):
         return RunOptions(model=self.model or "world:shapes", **{name: getattr(self, name) for name in names})
 
 
-def main(options: Options) -> None:
-    """Run what is not up to date and say where the page is."""
+def plan(options: Options) -> dict[str, Any]:
+    """What would be read and written."""
+    layout, run = Layout(options.root, options.dataset), options.run_options
+    done = "some phases are done and stay as they are if their options are the same"
+    return {
+        "read": [f"the host {run.model}", transcoder_line(options.clt), f"the questions of {options.dataset}"],
+        "write": [str(layout.results), str(layout.activations), str(layout.report)],
+        "note": [done] if phases_file(layout).is_file() else [],
+    }
+
+
+def phases_file(layout: Layout) -> Path:
+    """Which phases are up to date."""
+    return layout.results / "phases.json"
+
+
+def main(options: Options) -> dict[str, Any]:
+    """Run what is not up to date and say where the page is; gives the files and what each phase said."""
+    layout = Layout(options.root, options.dataset)
     discover(options)
-    print(f"Open {Layout(options.root, options.dataset).report} in a browser.")
+    record_options(options.root, options)
+    print(f"Open {layout.report} in a browser.")
+    said = {name: record["lines"] for name, record in json.loads(phases_file(layout).read_text()).items()}
+    return {"report": str(layout.report), "features": str(layout.good_features), "phases": said}
 
 
 def discover(options: Options) -> None:
@@ -94,7 +115,7 @@ def discover(options: Options) -> None:
     layout = Layout(options.root, options.dataset)
     new = Session(layout, options.run_options, given(options.choices))
     session = new
-    done = Done(layout.results / "phases.json")
+    done = Done(phases_file(layout))
     size, analysis, steering = options.batch_size, options.analysis, options.steering
     done.run("capture", new.made_with(), layout.responses, lambda: _capture(new, size))
     done.run("evaluate", {}, layout.metrics, lambda: phases.evaluate(session))

@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,6 +20,7 @@ from clt.config.base import write_text_atomically
 from clt.data.stores import LocalActivationStore
 from clt.errors import ConfigError
 from clt.models import CrossLayerTranscoder
+from clt.scripts.plans import transcoder_line
 from clt.training.evaluator import Evaluation, evaluate
 from clt.types import choose_device
 from clt.viz.training_plots import density_per_layer, error_by_distance, per_layer, save
@@ -117,12 +119,29 @@ def draw(result: Evaluation, folder: Path) -> list[Path]:
     return [folder / f"{name}.png" for name in figures]
 
 
+def plan(options: Options) -> dict[str, Any]:
+    """What would be read and written."""
+    line = transcoder_line(options.clt_checkpoint_path)
+    store = LocalActivationStore(held_out_folder(options.data_path))
+    folder, output = places(options)
+    return {
+        "read": [line, f"{held_out_folder(options.data_path)}: {store.total_tokens:,} tokens"],
+        "write": [str(output), *([f"{folder / 'evaluation'}/*.png"] if options.plots else [])],
+    }
+
+
+def places(options: Options) -> tuple[Path, Path]:
+    """The folder of the figures, and the JSON file."""
+    folder = Path(options.output_log_dir or options.clt_checkpoint_path)
+    return folder, Path(options.output or folder / "evaluation.json")
+
+
 def main(options: Options) -> None:
     """Evaluate, write the JSON and the figures, print it or a table."""
     result = evaluate_folder(options)
-    folder = Path(options.output_log_dir or options.clt_checkpoint_path)
-    text = json.dumps(result.to_dict(), indent=2)
-    write_text_atomically(Path(options.output or folder / "evaluation.json"), text + "\n")
+    folder, output = places(options)
+    text = json.dumps({"options": options.to_dict(), **result.to_dict()}, indent=2)
+    write_text_atomically(output, text + "\n")
     if options.plots:
         draw(result, folder / "evaluation")
     if options.json:

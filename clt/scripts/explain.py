@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from tqdm import tqdm
 
 from clt.attribution.view import FEATURE
 from clt.attribution.view_files import open_view
@@ -28,6 +27,7 @@ from clt.discovery.feature_files import FeatureFiles
 from clt.discovery.labels import LABELS_FILE, FeatureLabel, read_labels, write_labels
 from clt.discovery.writers import CachedWriter, EndpointWriter, LocalWriter
 from clt.errors import ConfigError, DiscoveryError
+from clt.progress import watched
 from clt.types import FeatureId
 
 ANSWERS_FILE = "labels_answers.jsonl"
@@ -150,7 +150,7 @@ def _label_all(
     found: list[FeatureLabel | None] = []
     with ThreadPoolExecutor(n_workers) as pool:
         try:
-            answers = tqdm(pool.map(one, wanted), total=len(wanted), desc="labels", unit="feature")
+            answers = watched(pool.map(one, wanted), len(wanted), "labels", "features")
             for feature, label in zip(wanted, answers, strict=True):
                 found.append(label)
                 if label is not None:

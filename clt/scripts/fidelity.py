@@ -26,6 +26,7 @@ from clt.replacement import ReplacementModel
 from clt.replacement.compare import MEAN, by_layers, compare, layer_counts
 from clt.replacement.fidelity import measure_fidelity
 from clt.replacement.loading import open_pair
+from clt.scripts.plans import transcoder_line
 from clt.types import Sample
 
 
@@ -198,6 +199,18 @@ def _cell(measure: dict[str, Any] | None) -> str:
     return f"{measure['value']:.4f} [{low:.4f}, {high:.4f}]"
 
 
+def plan(options: Options) -> dict[str, Any]:
+    """What would be read and written."""
+    transcoders = [transcoder_line(folder) for folder in named(options).values()]
+    what = f"{options.samples} samples of {options.dataset}"
+    return {"read": [f"the host {options.model}", *transcoders, what], "write": [str(output_of(options))]}
+
+
+def output_of(options: Options) -> Path:
+    """The JSON file; the figure goes beside it."""
+    return Path(options.output or Path(next(iter(named(options).values()))) / "fidelity.json")
+
+
 def main(options: Options) -> None:
     """Measure, write JSON and figure, print tables and some texts."""
     folders = named(options)
@@ -210,7 +223,7 @@ def main(options: Options) -> None:
     transcoders = {name: each.to(adapter.device) for name, each in {main_name: first, **others}.items()}
     samples = held_out_samples(options, adapter)
     result = measure(options, adapter, transcoders, samples)
-    output = Path(options.output or Path(folders[main_name]) / "fidelity.json")
+    output = output_of(options)
     text = json.dumps({"options": options.to_dict(), **result}, indent=2)
     write_text_atomically(output, text + "\n")
     draw(result, Path(options.plot) if options.plot else output.with_suffix(".png"))

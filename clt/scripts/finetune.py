@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -29,6 +29,8 @@ from clt.models import CrossLayerTranscoder
 from clt.replacement import ReplacementModel
 from clt.replacement.fidelity import teacher_forced
 from clt.replacement.finetune import FinetuneConfig, Finetuner
+from clt.scripts.invoke import plain
+from clt.scripts.plans import transcoder_line
 from clt.training.evaluator import evaluate
 from clt.types import Sample
 
@@ -125,7 +127,17 @@ def measure(replacement: ReplacementModel, samples: Sequence[Sample], rows: int)
     return {**means, "nmse": own.nmse, "l0": own.l0, "positions": total}
 
 
-def main(options: Options) -> None:
+def plan(options: Options) -> dict[str, Any]:
+    """What would be read and written."""
+    samples = f"{options.samples:,} samples of {options.data}"
+    return {
+        "read": [f"the host {options.model}", transcoder_line(options.transcoder), samples],
+        "train": [f"{options.finetune.steps:,} steps of {options.finetune.rows} samples"],
+        "write": [options.output],
+    }
+
+
+def main(options: Options) -> dict[str, Any]:
     """Fine-tune, write, and print before and after."""
     if Path(options.output).resolve() == Path(options.transcoder).resolve():
         raise ConfigError(f"--output {options.output} is the transcoder to start from. Choose another folder.")
@@ -138,13 +150,13 @@ def main(options: Options) -> None:
     run = Finetuner(replacement, train, options.finetune, options.output, details)
     if run.folder.is_finished:
         print(f"{options.output} already holds this run, finished. Delete the folder to train again.")
-        return
+        return {"folder": options.output, **json.loads((Path(options.output) / "finetune.json").read_text())}
     if run.step:
         print(f"Going on from step {run.step} of {options.finetune.steps}.")
     run.train()
     after = measure(replacement, held_out, options.finetune.rows)
-    report = json.dumps({"before": before, "after": after, "held_out_samples": len(held_out)}, indent=2)
-    write_text_atomically(Path(options.output) / "finetune.json", report + "\n")
+    report = {"before": before, "after": after, "held_out_samples": len(held_out), "options": plain(options)}
+    write_text_atomically(Path(options.output) / "finetune.json", json.dumps(report, indent=2) + "\n")
     view = Table(title=f"{len(held_out)} samples not trained on, {before['positions']:,.0f} positions")
     for column in ("measure", "before", "after"):
         view.add_column(column, justify="left" if column == "measure" else "right")
@@ -153,3 +165,4 @@ def main(options: Options) -> None:
             view.add_row(name, f"{before[name]:.4f}", f"{after[name]:.4f}")
     Console().print(view)
     print(f"Transcoder in {options.output} (cfg.json, clt.safetensors; metrics.jsonl, finetune.json).")
+    return {"folder": options.output, **report}

@@ -5,6 +5,7 @@ clt generate --model world:shapes --dataset world:shapes
 """
 
 import sys
+from typing import Any
 
 from clt.activation_generation import ActivationGenerator
 from clt.config import ActivationConfig
@@ -21,8 +22,19 @@ _DEAD = {
 }
 
 
-def main(options: ActivationConfig) -> None:
-    """Write the data set, or say that it is already there."""
+def plan(options: ActivationConfig) -> dict[str, Any]:
+    """What would be read and written."""
+    generator = ActivationGenerator(options)
+    tokens = "every token" if options.target_total_tokens is None else f"{options.target_total_tokens:,} tokens"
+    there = "finished already, nothing to do" if generator.is_finished else "to be written, or gone on with"
+    return {
+        "read": [f"{tokens} of {options.dataset_path}", f"the host {options.model_name}"],
+        "write": [f"{split}: {path} ({there})" for split, path in generator.splits.items()],
+    }
+
+
+def main(options: ActivationConfig) -> dict[str, Any]:
+    """Write the data set, or say that it is already there; gives tokens and folder of each split."""
     for name, (value, flag, why) in _DEAD.items():
         if getattr(options, name) == value:
             sys.stderr.write(f"note: {flag} has no effect: {why}.\n")
@@ -34,9 +46,12 @@ def main(options: ActivationConfig) -> None:
     folder = generator.run()
     if was_finished:
         print(f"{folder} is already finished with these options; nothing to do.")
+    result: dict[str, Any] = {}
     for split, path in generator.splits.items():
         metadata = metadata_from_json(read_json(path))
         print(
             f"{split}: {metadata.total_tokens:,} tokens x {metadata.info.num_layers} layers x {metadata.info.d_model} "
             f"as {metadata.dtype} in {len(metadata.shards)} shards: {path}"
         )
+        result[split] = {"folder": str(path), "tokens": metadata.total_tokens, "shards": len(metadata.shards)}
+    return result

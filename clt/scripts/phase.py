@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
-from tqdm import tqdm
 
 from clt.config.base import Config, require_positive
 from clt.discovery.analyse import AnalysisOptions
 from clt.discovery.layout import Layout
 from clt.discovery.session import RunOptions
 from clt.discovery.sweep import SweepOptions
+from clt.progress import progress_bar
 from clt.scripts.bench import Choices
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ class progress:
 
     def __init__(self, name: str, total: int | None, unit: str) -> None:
         """Nothing is shown before the first step."""
-        self._bar: tqdm[Any] = tqdm(desc=name, total=total, unit=f" {unit}", leave=False, delay=1)
+        self._bar = progress_bar(total, name, unit, fleeting=True)
 
     def __enter__(self) -> Callable[[int], None]:
         def move(n: int) -> None:

@@ -25,6 +25,7 @@ from clt.config import CLTConfig, TrainingConfig
 from clt.config.base import write_text_atomically
 from clt.errors import ConfigError
 from clt.scripts import train
+from clt.scripts.plans import record_options
 from clt.training.setup import open_store
 from clt.training.shared_store import SharedRead, SharedView
 from clt.training.trainer import CLTTrainer
@@ -137,10 +138,19 @@ def run(options: Options) -> list[dict[str, Any]]:
     return results
 
 
-def main(options: Options) -> None:
+def plan(options: Options) -> dict[str, Any]:
+    """What would be trained, on what."""
+    common = train.plan(options.run)
+    names = [name_of(change) for change in variants(options.vary)]
+    steps = common["train"][1]
+    return {**common, "train": [f"{len(names)} runs of {steps}, on one pass over the data", *names]}
+
+
+def main(options: Options) -> list[dict[str, Any]]:
     """Sweep, write sweep.json and frontier.png, print a table."""
     results = run(options)
     folder = Path(options.run.output_dir)
+    record_options(folder, options)
     write_text_atomically(folder / "sweep.json", json.dumps(results, indent=2) + "\n")
     points: dict[str, list[tuple[str, float, float]]] = {}
     view = Table(title=f"{results[0]['n_tokens']:,} held-out tokens")
@@ -153,3 +163,4 @@ def main(options: Options) -> None:
     save(frontier(points), folder / "frontier.png")
     Console().print(view)
     print(f"{folder / 'sweep.json'}, {folder / 'frontier.png'}")
+    return results

@@ -21,7 +21,7 @@ import tyro
 from clt.config import CLTConfig, TrainingConfig
 from clt.config.base import Config
 from clt.config.training_config import BOOKKEEPING
-from clt.data.stores import LocalActivationStore
+from clt.data.stores import BaseActivationStore, LocalActivationStore
 from clt.errors import ConfigError
 from clt.training.run_folder import RunFolder
 from clt.training.setup import open_store, origin_of
@@ -112,8 +112,23 @@ def _recorded(given: Config, default: Config, recorded: Config, free: frozenset[
     return recorded.replace(**changes)
 
 
-def open_trainer(options: Options) -> CLTTrainer:
-    """The trainer that the options describe, on the data they name."""
+@dataclass(frozen=True)
+class Settled:
+    """Options with what the data decide: layers, width, host, and where held-out activations lie."""
+
+    clt: CLTConfig
+    training: TrainingConfig
+    store: BaseActivationStore
+    held_out: Path | None
+
+
+def settle(options: Options) -> Settled:
+    """Open the activations and fill in what they decide.
+
+    Raises:
+        ConfigError: no activations were named.
+        DatasetError: they cannot be read.
+    """
     training, held_out = options.training, None if options.held_out is None else Path(options.held_out)
     if training.activation_source == "local_manifest":
         if training.activation_path is None:
@@ -128,19 +143,44 @@ def open_trainer(options: Options) -> CLTTrainer:
         **named,
         expected_input_dtype=training.activation_dtype,
     )
+    return Settled(config, training, store, held_out)
+
+
+def open_trainer(options: Options) -> CLTTrainer:
+    """The trainer that the options describe, on the data they name."""
+    settled = settle(options)
     return CLTTrainer(
-        config,
-        training,
+        settled.clt,
+        settled.training,
         options.output_dir,
         options.device,
-        store=store,
-        held_out=held_out_batches(held_out, training.train_batch_size_tokens),
+        store=settled.store,
+        held_out=held_out_batches(settled.held_out, settled.training.train_batch_size_tokens),
         resume_step=options.resume_step,
-        details={"held_out": None if held_out is None else str(held_out)},
+        details={"held_out": None if settled.held_out is None else str(settled.held_out)},
     )
 
 
-def main(options: Options) -> None:
+def plan(options: Options) -> dict[str, Any]:
+    """What would be read, how long it is, and where the result goes."""
+    if options.resume is not None:
+        options = options_of_run(options)
+    settled, folder = settle(options), RunFolder(options.output_dir)
+    config, training = settled.clt, settled.training
+    tokens = training.training_steps * training.train_batch_size_tokens
+    there = "the run is finished, nothing to do" if folder.is_finished else "a run is there, to be gone on with"
+    return {
+        "read": [f"{training.activation_path}: {config.num_layers} layers of {config.d_model}"],
+        "measure": [f"on {settled.held_out}" if settled.held_out else "on nothing held out"],
+        "train": [
+            f"{config.num_layers} x {config.num_features:,} features, {config.activation_fn}",
+            f"{training.training_steps:,} steps x {training.train_batch_size_tokens:,} = {tokens:,} tokens",
+        ],
+        "write": [f"{options.output_dir} ({there if folder.record() else 'new'})"],
+    }
+
+
+def main(options: Options) -> dict[str, Any]:
     """Train, evaluate on the held-out split if there is one, and say where the result is."""
     if options.resume is not None:
         options = options_of_run(options)
@@ -148,14 +188,17 @@ def main(options: Options) -> None:
     steps = trainer.config.training_steps
     if trainer.folder.is_finished:
         print(f"{options.output_dir} already holds this run, finished. Delete the folder to train again.")
-        return
+        return {"folder": options.output_dir, **(trainer.folder.record() or {}).get("summary", {})}
     if trainer.step:
         print(f"Going on from step {trainer.step} of {steps}.")
     trainer.train()
     print(f"Transcoder in {options.output_dir} (cfg.json, clt.safetensors; metrics.jsonl).")
+    done: dict[str, Any] = {"folder": options.output_dir, **(trainer.folder.record() or {}).get("summary", {})}
     if trainer.held_out is not None:
         result = trainer.evaluate()
+        done["held_out"] = result.to_dict()
         print(
             f"Held out, {result.n_tokens:,} tokens: NMSE {result.nmse:.4f} (EV {result.explained_variance:.4f}), "
             f"L0 {result.l0:.1f} per layer, dead {result.dead_share:.2%}."
         )
+    return done

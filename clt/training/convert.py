@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from clt.config import TrainingConfig
 from clt.errors import ConfigError, TrainingError
 from clt.models import CrossLayerTranscoder
+from clt.progress import watched
 from clt.training.evaluator import Evaluation
 from clt.training.step import Engine
 from clt.types import ActivationBatch
@@ -168,7 +168,7 @@ def adapt(
         ),
     )
     none_dead = torch.zeros(config.num_layers, config.num_features, dtype=torch.bool, device=model.b_dec.device)
-    for step, batch in enumerate(tqdm(batches, total=adaptation.steps, desc="adapting")):
+    for step, batch in enumerate(watched(batches, adaptation.steps, "adapting")):
         engine.step(batch, step, none_dead)
     return adapted
 

@@ -170,7 +170,7 @@ class Demo:
                 topk_k=self.amounts.k,
                 **origin_of(store),
             )
-            training = training_config(self.amounts)
+            training = training_config(self.amounts).replace(activation_path=str(self._data() / "train"))
             trainer = CLTTrainer(config, training, folder / "run", store=store, held_out=held_out.one_pass)
             model = trainer.train()
             result = evaluate(model, held_out.one_pass())
