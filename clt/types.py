@@ -114,6 +114,12 @@ class ActivationBatch:
             if length != self.n_tokens:
                 raise ValueError(f"{name} has {length} entries for {self.n_tokens} tokens.")
 
+    def __repr__(self) -> str:
+        counts = torch.bincount(self.kind.long(), minlength=len(TokenKind)).tolist()
+        kinds = ", ".join(f"{n:,} {kind.name.lower()}" for kind, n in zip(TokenKind, counts, strict=False) if n)
+        place = f"{self.inputs.dtype}, {self.inputs.device}".removeprefix("torch.")
+        return f"ActivationBatch({self.n_layers} layers x {self.n_tokens:,} tokens x {self.d_model}, {place}; {kinds})"
+
     @property
     def n_layers(self) -> int:
         """How many layers were captured."""

@@ -104,6 +104,13 @@ class AttributionGraph:
     """The other keys of graph.json: slug, model, transcoder, scan, n_features, vocabulary, options, checks, labels."""
     images: Sequence[Image.Image] = ()
 
+    def __repr__(self) -> str:
+        targets = ", ".join(f"{target.text!r} {target.probability:.3f}" for target in self.targets)
+        return (
+            f"AttributionGraph({self.prompt!r} -> {targets}: {self.n_features:,} of {len(self.active_features):,} "
+            f"features, {self.n_layers} layers x {self.n_positions} positions, {len(self.edges.weight):,} edges)"
+        )
+
     # --- numbers of nodes -------------------------------------------------------------------------------------
 
     @property

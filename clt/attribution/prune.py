@@ -32,6 +32,11 @@ class PrunedGraph:
     kept_edges: Bool[Tensor, " edge"]
     """One entry per edge of `graph.edges`."""
 
+    def __repr__(self) -> str:
+        nodes, edges = int(self.node_mask.sum()), int(self.kept_edges.sum())
+        kept = f"{nodes:,} of {len(self.node_mask):,} nodes, {edges:,} of {len(self.kept_edges):,} edges"
+        return f"PrunedGraph({kept} of {self.graph!r})"
+
     @property
     def edge_mask(self) -> Bool[Tensor, "node node"]:
         """`[target, source]`, dense; of a large graph use `kept_edges`."""

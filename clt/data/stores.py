@@ -114,6 +114,12 @@ class ManifestActivationStore(BaseActivationStore):
                 "drop_last leaves out what does not fill a batch. Use a smaller batch or drop_last=False."
             )
 
+    def __repr__(self) -> str:
+        info, metadata = self.metadata.info, self.metadata
+        size = f"{self.total_tokens:,} tokens x {self.n_layers} layers x {self.d_model}, {metadata.dtype}"
+        place = f"batches of {self.batch_size_tokens:,}, epoch {self._epoch}, step {self._step}"
+        return f"{type(self).__name__}({info.model_name}, {info.dataset}: {size}; {place})"
+
     @property
     def metadata(self) -> Metadata:
         """Who made the data set, from what, and how."""

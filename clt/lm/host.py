@@ -42,6 +42,10 @@ class Host:
         self.name = name or model.name_or_path or type(model).__name__
         self._takes_positions = not self.is_multimodal and "position_ids" in inspect.signature(model.forward).parameters
 
+    def __repr__(self) -> str:
+        place = f"{self.dtype}, {self.device}".removeprefix("torch.")
+        return f"{type(self).__name__}({self.name}: {type(self.model).__name__}, d_model {self.d_model}, {place})"
+
     # --- what it is -------------------------------------------------------------------------------------------
 
     @property

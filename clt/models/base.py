@@ -13,6 +13,14 @@ class BaseTranscoder(nn.Module, ABC):
 
     config: CLTConfig
 
+    def __repr__(self) -> str:
+        config, weights = self.config, sum(each.numel() for each in self.parameters())
+        is_per_layer = (config.first_target, config.span) == (0, 1)
+        last = config.first_target + config.span - 1
+        window = "per layer" if is_per_layer else f"targets +{config.first_target}..+{last}"
+        shape = f"{config.num_layers} layers x {config.num_features:,} features, d_model {config.d_model}"
+        return f"{type(self).__name__}({shape}, {config.activation_fn}, {window}, {weights / 1e6:,.2f} M weights)"
+
     @abstractmethod
     def encode_layer(self, layer: int, inputs: Float[Tensor, "token d_model"]) -> Float[Tensor, "token feature"]:
         """Feature activations of one layer at inference; they depend on no other token and no other layer."""

@@ -68,6 +68,9 @@ class ReplacementModel(Steerable):
         self.capture_activations = capture_activations
         self.captured: list[SampleFeatures] = []
 
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, by {self.transcoder!r})"
+
     @classmethod
     def from_pretrained(
         cls: type[AnyModel],

@@ -23,6 +23,10 @@ class Steerable(ABC):
     layers: Sequence[int]
     """Those whose MLP outputs may differ from the host's."""
 
+    def __repr__(self) -> str:
+        replaced = f"{len(self.layers)} of {self.adapter.n_layers} MLPs"
+        return f"{type(self).__name__}({replaced} of {self.adapter!r})"
+
     @abstractmethod
     def active(
         self, inputs: HostInputs | None = None, *, interventions: Interventions | None = None, cached: bool = True
