@@ -6,12 +6,13 @@ graph.save("graphs/france")                # graph.json + graph.safetensors, doc
 AttributionGraph.load("graphs/france")
 """
 
-from clt.attribution.attribute import attribute, run_attribution
+from clt.attribution.attribute import attribute, attribution_plan, run_attribution
 from clt.attribution.circuit_tracer_json import write_circuit_tracer_json
 from clt.attribution.circuit_tracer_pt import read_circuit_tracer_pt, write_circuit_tracer_pt
 from clt.attribution.circuit_tracer_read import read_circuit_tracer_json
 from clt.attribution.graph import AttributionGraph
 from clt.attribution.options import AttributionOptions
+from clt.attribution.plan import Plan
 from clt.attribution.prune import PrunedGraph
 from clt.attribution.scores import GraphScores, subgraph_scores
 from clt.attribution.targets import Contrast, Direction
@@ -22,8 +23,10 @@ __all__ = [
     "Contrast",
     "Direction",
     "GraphScores",
+    "Plan",
     "PrunedGraph",
     "attribute",
+    "attribution_plan",
     "read_circuit_tracer_json",
     "read_circuit_tracer_pt",
     "run_attribution",

@@ -29,6 +29,7 @@ from clt.attribution.assemble import assemble
 from clt.attribution.backward import Backward, Reads, constants
 from clt.attribution.graph import AttributionGraph
 from clt.attribution.options import AttributionOptions
+from clt.attribution.plan import Plan, automatic_batch_size, plan_of
 from clt.attribution.prompt import Prompt, describe_positions, images_of, prepare_prompt, token_text
 from clt.attribution.rows import RowStore, influence_so_far
 from clt.attribution.sources import ActiveFeatures, Sources, active_features
@@ -42,9 +43,6 @@ from clt.progress import progress_bar
 from clt.replacement import ReplacementModel
 from clt.types import Sample
 
-# A pass holds a few tensors of [row, position, d_model] at a time; this keeps them near 1 GB.
-_BATCH_NUMBERS = 20_000_000
-_LARGEST_BATCH = 256
 # Rows of a host that is linear add up to rounding; others do not, by far.
 _CLOSED = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
 
@@ -112,6 +110,20 @@ def attribute(
     return graph
 
 
+def attribution_plan(
+    model: ReplacementModel, prompt: Prompt, *, targets: Sequence[TargetChoice] | None = None, **options: Any
+) -> Plan:
+    """What `attribute` with the same arguments would take in memory and on disk; costs one pass of the host.
+
+    Raises:
+        GraphError, HostModelError, ConfigError: as `attribute`.
+    """
+    chosen = AttributionOptions(**options)
+    with torch.no_grad():
+        setting = _setting(model, prepare_prompt(model.adapter, prompt), targets, chosen)
+    return plan_of(model, setting, chosen)
+
+
 def run_attribution(
     *,
     prompt: Prompt,
@@ -124,11 +136,6 @@ def run_attribution(
     return attribute(
         model, prompt, max_feature_nodes=max_feature_nodes, desired_logit_prob=desired_logit_prob, **options
     )
-
-
-def automatic_batch_size(linear: LinearHost) -> int:
-    """Rows per backward pass that keep a pass near 1 GB."""
-    return max(1, min(_LARGEST_BATCH, _BATCH_NUMBERS // linear.embeddings.numel()))
 
 
 def compute_rows(store: RowStore, setting: Setting, options: AttributionOptions, batch: int, progress: bool) -> None:
@@ -146,6 +153,8 @@ def compute_rows(store: RowStore, setting: Setting, options: AttributionOptions,
             bar.update(len(ids))
         while (done := len(store.row_ids) - n_targets) < wanted:
             queue = store.queue() or _next_features(store, setting, weights, wanted - done, options, batch, wanted)
+            # A batch of one layer goes back no further than it must.
+            queue = sorted(queue)
             store.save_queue(queue)
             for start in range(0, len(queue), batch):
                 _append(store, setting, backward, queue[start : start + batch])
@@ -263,7 +272,7 @@ def _information(
         "host": {"d_model": config.d_model, "architecture": type(model.adapter.model).__name__},
         "options": {
             **options.to_dict(),
-            "batch_size": options.batch_size or automatic_batch_size(setting.linear),
+            "batch_size": options.batch_size or automatic_batch_size(setting.sources),
         },
         "labels": {},
         "versions": {"crosslayer": __version__, "torch": torch.__version__},

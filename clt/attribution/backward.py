@@ -49,7 +49,7 @@ class Backward:
         with torch.enable_grad():
             self._anchor = torch.zeros((), device=sources.device, requires_grad=True)
             embeddings = self._source(_EMBEDDING, linear.embeddings)
-            final = linear.run(embeddings, self._write)
+            final = linear.run_for_gradients(embeddings, self._write)
             self._tap(final)
 
     @torch.no_grad()

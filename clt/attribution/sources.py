@@ -7,9 +7,8 @@ matrix product. Circuit-tracer gathers the gradient per pair instead, which cost
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from jaxtyping import Float, Int64
@@ -20,8 +19,9 @@ from clt.models import CrossLayerTranscoder
 
 # Vectors of pairs are kept up to this size; beyond it they are made again for each use.
 _KEPT_BYTES = 1.5e9
-# Vectors of pairs that are made again for each use are made this many numbers at a time (128 MB in fp32).
-_BLOCK_NUMBERS = 32_000_000
+# Vectors of pairs that are made again for each use are made this many numbers at a time: what a processor's cache
+# holds, or (128 MB in fp32) enough to keep a GPU busy.
+_BLOCK_NUMBERS = {"cpu": 2_000_000, "cuda": 32_000_000}
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,18 @@ def active_features(linear: LinearHost, transcoder: CrossLayerTranscoder, ignore
     return ActiveFeatures(*(torch.cat(column) for column in zip(*found, strict=True)))
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """The active features that write to one layer, by position."""
+
+    numbers: Int64[Tensor, " pair"]
+    """Of the active feature."""
+    amounts: Float[Tensor, " pair"]
+    """What its row of the decoder is multiplied by."""
+    starts: list[int]
+    """Where the pairs of each position begin; last, how many there are."""
+
+
 class Sources:
     """The vectors of all nodes and their columns: active features, errors (layer-major), embeddings."""
 
@@ -58,19 +70,28 @@ class Sources:
         active: ActiveFeatures,
         ignored_positions: int,
     ) -> None:
-        """Sort the pairs, keep their vectors if there are few enough, and compute the errors."""
+        """Sort the pairs, keep their decoder rows if there are few enough, and compute the errors."""
         self.active, self._linear, self._transcoder = active, linear, transcoder
         self.ignored_positions = ignored_positions
         self.n_layers, self.n_positions, self.d_model = linear.reads.shape
         self.device = linear.reads.device
-        self._pairs = [self._pairs_of(target) for target in range(self.n_layers)]
-        n_pairs = sum(len(pairs) for pairs, _ in self._pairs)
+        self.pairs = [self._pairs_of(target) for target in range(self.n_layers)]
         self._kept: dict[int, Tensor] = {}
-        if n_pairs * self.d_model * 4 <= _KEPT_BYTES:
-            self._kept = {k: self._vectors(k, 0, len(pairs)) for k, (pairs, _) in enumerate(self._pairs)}
+        if self.n_pairs * self.d_model * 4 <= _KEPT_BYTES:
+            self._kept = {k: self._made(k, 0, len(pairs.numbers)) for k, pairs in enumerate(self.pairs)}
         self.skips = skip_outputs(transcoder, linear.reads)
         self.errors = torch.stack([self._error(target) for target in range(self.n_layers)])
         self.embeddings = linear.embeddings.float()
+
+    @property
+    def n_pairs(self) -> int:
+        """Of a feature and a layer it writes to."""
+        return sum(len(pairs.numbers) for pairs in self.pairs)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Size of the decoder rows that are kept."""
+        return sum(vectors.numel() * vectors.element_size() for vectors in self._kept.values())
 
     @property
     def first_error(self) -> int:
@@ -102,16 +123,19 @@ class Sources:
             gradient: of each row's target, with respect to the MLP output of layer `target`.
             rows: the rows so far, transposed; changed in place.
         """
-        at = gradient.transpose(0, 1).float().contiguous()
-        pairs, starts = self._pairs[target]
-        for low, high in self._blocks(target):
-            vectors = self._kept[target][low:high] if target in self._kept else self._vectors(target, low, high)
-            product = torch.empty(high - low, at.shape[1], device=self.device)
-            for position, begin, end in _inside(starts, low, high):
-                torch.mm(vectors[begin - low : end - low], at[position].T, out=product[begin - low : end - low])
-            rows.index_add_(0, pairs[low:high], product)
+        at = gradient.transpose(0, 1).float()
         first = self.first_error + target * self.n_positions
         rows[first : first + self.n_positions] = torch.einsum("prd,pd->pr", at, self.errors[target])
+        reached = at.any(-1).any(-1).tolist()
+        at = (at / self._transcoder.target_scale[target]).contiguous()
+        pairs = self.pairs[target]
+        for low, high, begin, end in self._blocks(target, reached):
+            vectors = self.rows_of(target, begin, end)
+            product = torch.empty(end - begin, at.shape[1], device=self.device)
+            for position in range(low, high):
+                here = slice(pairs.starts[position] - begin, pairs.starts[position + 1] - begin)
+                torch.mm(vectors[here], at[position].T, out=product[here])
+            rows.index_add_(0, pairs.numbers[begin:end], product.mul_(pairs.amounts[begin:end, None]))
 
     def contract_embeddings(
         self, gradient: Float[Tensor, "row position d_model"], rows: Float[Tensor, "column row"]
@@ -121,45 +145,77 @@ class Sources:
 
     # --- pairs ------------------------------------------------------------------------------------------------
 
-    def _pairs_of(self, target: int) -> tuple[Int64[Tensor, " pair"], list[int]]:
-        """The active features that write to a layer, by position, and where each position starts."""
+    def _pairs_of(self, target: int) -> Pairs:
+        """The active features that write to a layer, by position."""
         sources = torch.tensor(list(self._transcoder.config.sources_of(target)), device=self.device)
         writes = torch.isin(self.active.layer, sources).nonzero().squeeze(1)
         position, order = self.active.position[writes].sort(stable=True)
-        ends = torch.searchsorted(position, torch.arange(self.n_positions + 1, device=self.device))
-        return writes[order], ends.tolist()
+        starts = torch.searchsorted(position, torch.arange(self.n_positions + 1, device=self.device))
+        numbers = writes[order]
+        amounts = torch.empty(len(numbers), device=self.device)
+        for source, here in self._by_source(target, numbers):
+            features, values = self.active.feature[numbers[here]], self.active.value[numbers[here]]
+            amounts[here] = amounts_of(self._transcoder, source, target, features, values)
+        return Pairs(numbers, amounts, starts.tolist())
 
-    def _blocks(self, target: int) -> Iterator[tuple[int, int]]:
-        """Consecutive pairs, whole positions, of a bounded number of numbers."""
-        _, starts = self._pairs[target]
-        limit = max(1, _BLOCK_NUMBERS // self.d_model)
-        low = 0
-        for before, end in pairwise(starts):
-            if end - low > limit and before > low:
-                yield low, before
-                low = before
-        if starts[-1] > low:
-            yield low, starts[-1]
-
-    def _vectors(self, target: int, low: int, high: int) -> Float[Tensor, "pair d_model"]:
-        """What some pairs of a layer write."""
-        chosen = self._pairs[target][0][low:high]
-        layers, features, values = self.active.layer[chosen], self.active.feature[chosen], self.active.value[chosen]
-        vectors = torch.empty(high - low, self.d_model, device=self.device)
+    def _by_source(self, target: int, numbers: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """The layers that write to another, and which of some pairs come from each."""
+        layers = self.active.layer[numbers]
         for source in self._transcoder.config.sources_of(target):
             here = (layers == source).nonzero().squeeze(1)
             if len(here):
-                vectors[here] = written(self._transcoder, source, target, features[here], values[here])
+                yield source, here
+
+    def _blocks(self, target: int, reached: Sequence[bool]) -> Iterator[tuple[int, int, int, int]]:
+        """Consecutive positions that are reached and their pairs, a bounded number of numbers at a time."""
+        starts = self.pairs[target].starts
+        limit = max(1, _BLOCK_NUMBERS["cpu" if self.device.type == "cpu" else "cuda"] // self.d_model)
+        low = 0
+        for position in range(self.n_positions + 1):
+            is_end = position == self.n_positions or not reached[position]
+            if starts[position] > starts[low] and (is_end or starts[position + 1] - starts[low] > limit):
+                yield low, position, starts[low], starts[position]
+                low = position
+            if is_end:
+                low = position + 1
+
+    def rows_of(self, target: int, begin: int, end: int) -> Float[Tensor, "pair d_model"]:
+        """The decoder rows of some pairs of a layer, kept or made again."""
+        return self._kept[target][begin:end] if target in self._kept else self._made(target, begin, end)
+
+    def _made(self, target: int, begin: int, end: int) -> Float[Tensor, "pair d_model"]:
+        numbers, decoders = self.pairs[target].numbers[begin:end], self._transcoder.decoders
+        vectors = torch.empty(end - begin, self.d_model, device=self.device)
+        for source, here in self._by_source(target, numbers):
+            vectors[here] = decoders.rows(source, target, self.active.feature[numbers[here]]).float()
         return vectors
 
     def _error(self, target: int) -> Float[Tensor, "position d_model"]:
         """True MLP output minus everything that features, biases and skip connections write."""
         rest = self._linear.writes[target].float() - self.constant(target) - self.skips[target]
-        for low, high in self._blocks(target):
-            vectors = self._kept[target][low:high] if target in self._kept else self._vectors(target, low, high)
-            rest.index_add_(0, self.active.position[self._pairs[target][0][low:high]], vectors, alpha=-1)
+        pairs, scale = self.pairs[target], self._transcoder.target_scale[target]
+        for _, _, begin, end in self._blocks(target, [True] * self.n_positions):
+            written = self.rows_of(target, begin, end) * pairs.amounts[begin:end, None] / scale
+            rest.index_add_(0, self.active.position[pairs.numbers[begin:end]], written, alpha=-1)
         rest[: self.ignored_positions] = 0
         return rest
+
+
+def amounts_of(
+    transcoder: CrossLayerTranscoder,
+    source: int,
+    target: int,
+    features: Int64[Tensor, " kept"],
+    values: Float[Tensor, " kept"],
+) -> Float[Tensor, " kept"]:
+    """What the decoder rows of features of these activations are multiplied by on their way to one MLP output.
+
+    Offsets count as part of what a feature writes: without the feature neither would be there.
+    """
+    post, place = transcoder.decoders.post, target - transcoder.config.targets_of(source).start
+    offset, scale = post.offset(source, features), post.scale(source, features)
+    amount = values if offset is None else values + offset[place].float()
+    return amount if scale is None else amount * scale[place].float()
 
 
 def written(
@@ -169,15 +225,10 @@ def written(
     features: Int64[Tensor, " kept"],
     values: Float[Tensor, " kept"],
 ) -> Float[Tensor, "kept d_model"]:
-    """What features of these activations write to one MLP output, in the host's units.
-
-    Offsets count as part of what a feature writes: without the feature neither would be there.
-    """
-    decoders, place = transcoder.decoders, target - transcoder.config.targets_of(source).start
-    offset, scale = decoders.post.offset(source, features), decoders.post.scale(source, features)
-    amount = values if offset is None else values + offset[place].float()
-    amount = amount if scale is None else amount * scale[place].float()
-    return decoders.matrix(source, target)[features].float() * amount[:, None] / transcoder.target_scale[target]
+    """What features of these activations write to one MLP output, in the host's units."""
+    amounts = amounts_of(transcoder, source, target, features, values)
+    rows = transcoder.decoders.rows(source, target, features).float()
+    return rows * amounts[:, None] / transcoder.target_scale[target]
 
 
 def skip_outputs(
@@ -190,10 +241,3 @@ def skip_outputs(
         for target, part in zip(targets, transcoder.skip(source, x.reshape(-1, x.shape[-1]))):
             total[target] = total[target] + part.view(x.shape).float()
     return total
-
-
-def _inside(starts: list[int], low: int, high: int) -> Iterator[tuple[int, int, int]]:
-    """Positions with pairs between `low` and `high`, and where their pairs begin and end."""
-    for position, (begin, end) in enumerate(pairwise(starts)):
-        if low <= begin < end <= high:
-            yield position, begin, end

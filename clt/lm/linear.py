@@ -47,6 +47,11 @@ class LinearHost:
     _decoder: Decoder
     _constants: Constants
 
+    @property
+    def pattern_bytes(self) -> int:
+        """Size of the attention patterns that are held."""
+        return self._constants.pattern_bytes
+
     def run(
         self, embeddings: Float[Tensor, "row position d_model"], write: Write
     ) -> Float[Tensor, "row position d_model"]:
@@ -56,6 +61,13 @@ class LinearHost:
         an affine map of the embeddings and of everything `write` returns.
         """
         return self._decoder.replay(embeddings, write, self._constants)
+
+    def run_for_gradients(
+        self, embeddings: Float[Tensor, "row position d_model"], write: Write
+    ) -> Float[Tensor, "row position d_model"]:
+        """As `run`, but only gradients are right, not values: those of an affine map do not depend on its argument."""
+        with self._constants.without_values():
+            return self._decoder.replay(embeddings, write, self._constants)
 
 
 class Decoder:

@@ -14,7 +14,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -23,6 +22,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from clt.errors import HostModelError
+from clt.lm.patterns import Pattern
+from clt.lm.products import carries_gradient_alone, product
 
 _NAME = "crosslayer_frozen"
 _ROOTS = {torch.rsqrt, Tensor.rsqrt, torch.sqrt, Tensor.sqrt}
@@ -42,13 +43,21 @@ class Constants:
     def __init__(self) -> None:
         """Start recording."""
         self._values: list[Tensor] = []
+        self._patterns: list[Pattern] = []
         self._next: int | None = None
+        self._next_pattern = 0
         self._is_paused = False
+        self._with_values = True
 
     @property
     def is_recording(self) -> bool:
         """Whether this pass computes the constants."""
         return self._next is None
+
+    @property
+    def pattern_bytes(self) -> int:
+        """Size of the patterns recorded so far."""
+        return sum(pattern.n_bytes for pattern in self._patterns)
 
     def hold(self, compute: Callable[[], Tensor], length: int = 1) -> Tensor:
         """The value itself while recording, afterwards what was recorded at this place.
@@ -82,44 +91,52 @@ class Constants:
         self._is_paused = is_paused
 
     @contextmanager
+    def without_values(self) -> Iterator[None]:
+        """Passes for the sake of their gradients alone: these depend on constants only, so products give zeros."""
+        self._with_values = False
+        try:
+            yield
+        finally:
+            self._with_values = True
+
+    @property
+    def with_values(self) -> bool:
+        """Whether products are computed."""
+        return self._with_values
+
+    @contextmanager
     def passing(self, decoder: nn.Module) -> Iterator[None]:
         """One pass of the host: the first records, all others replay."""
         with ExitStack() as stack:
             stack.enter_context(_attention(self, decoder))
             stack.enter_context(_Denominators(self))
             yield
-        self._next = 0
+        self._next = self._next_pattern = 0
 
     @contextmanager
     def holding_patterns(self, decoder: nn.Module) -> Iterator[None]:
         """One pass with the attention patterns alone held: the first records them, all others replay."""
         with _attention(self, decoder):
             yield
-        self._next = 0
+        self._next = self._next_pattern = 0
 
     def holding_pattern(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, None]:
         """Attention as transformers asks for it; the pattern is the host's own, and has no gradient."""
-        pattern = self.hold(lambda: _pattern(module, query, key, value, mask, options))
-        return apply_pattern(pattern, value).transpose(1, 2), None
-
-
-def apply_pattern(
-    pattern: Float[Tensor, "one head to_position from_position"],
-    value: Float[Tensor, "row kv_head from_position width"],
-) -> Float[Tensor, "row head to_position width"]:
-    """Move values along one pattern that all rows share, without a copy of it per row or per head of a group."""
-    rows, kv_heads, positions, width = value.shape
-    heads, length = pattern.shape[1:3]
-    columns = value.permute(1, 2, 0, 3).reshape(kv_heads, positions, rows * width)
-    moved = pattern.view(kv_heads, heads // kv_heads * length, positions) @ columns
-    return moved.view(heads, length, rows, width).permute(2, 0, 1, 3)
+        if self._is_paused or self._next is None:
+            pattern = _pattern(module, query, key, value, mask, options)
+            if not self._is_paused:
+                self._patterns.append(pattern)
+        else:
+            pattern = self._patterns[self._next_pattern]
+            self._next_pattern += 1
+        return pattern.move(value, with_value=self._with_values).transpose(1, 2), None
 
 
 def _pattern(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
-) -> Tensor:
+) -> Pattern:
     """The pattern that the host's own plain attention makes.
 
     Raises:
@@ -128,8 +145,9 @@ def _pattern(
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if eager is None:
         raise not_linear(type(module).__name__, "its module defines no eager_attention_forward to take patterns from")
-    output, pattern = eager(module, query, key, value, mask, **options)
-    moved = apply_pattern(pattern, value).transpose(1, 2)
+    output, dense = eager(module, query, key, value, mask, **options)
+    pattern = Pattern.of(dense)
+    moved = pattern.move(value).transpose(1, 2)
     tolerance = 1e-4 if value.dtype == torch.float32 else 5e-2
     if not torch.allclose(output.float(), moved.float(), atol=tolerance * float(output.abs().max() + 1e-12)):
         raise not_linear(type(module).__name__, "its output is not its pattern times its values")
@@ -151,6 +169,10 @@ class _Denominators(TorchFunctionMode):
             return self._layer_norm(*args, **kwargs)
         if func in (functional.rms_norm, torch.rms_norm):
             return self._rms_norm(*args, **kwargs)
+        if func is functional.linear and len(args) >= 2 and carries_gradient_alone(args[0], args[1]):
+            return product(args[0], args[1].T, *args[2:], **kwargs, with_value=self._constants.with_values)
+        if func is torch.addmm and not kwargs and carries_gradient_alone(args[1], args[2]):
+            return product(args[1], args[2], args[0], with_value=self._constants.with_values)
         if func in _CURVED and isinstance(args[0], Tensor) and args[0].requires_grad:
             raise not_linear(_module_in_charge(), f"it applies {getattr(func, '__name__', func)} outside its MLPs")
         return func(*args, **kwargs)

@@ -37,6 +37,10 @@ class Decoders(ABC):
     def matrix(self, source: int, target: int) -> Float[Tensor, "feature d_model"]:
         """What the features of `source` write to `target` per unit of what leaves the post-encoder."""
 
+    def rows(self, source: int, target: int, features: Integer[Tensor, " kept"]) -> Float[Tensor, "kept d_model"]:
+        """Some rows of `matrix`."""
+        return self.matrix(source, target)[features]
+
     @abstractmethod
     def part(
         self, source: int, codes: Codes, features: Integer[Tensor, " kept"] | None = None
@@ -202,6 +206,12 @@ class LowRankDecoders(Decoders):
         further = target - self.config.targets_of(source).start - 1
         near = self.W_dec[source]
         return near if further < 0 else near + self.U_dec[source][:, further] @ self.V_dec[source][further]
+
+    def rows(self, source: int, target: int, features: Integer[Tensor, " kept"]) -> Float[Tensor, "kept d_model"]:
+        """Only these multiplied out."""
+        further = target - self.config.targets_of(source).start - 1
+        near = self.W_dec[source][features]
+        return near if further < 0 else near + self.U_dec[source][features, further] @ self.V_dec[source][further]
 
     def part(
         self, source: int, codes: Codes, features: Integer[Tensor, " kept"] | None = None

@@ -16,7 +16,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from clt.attribution import AttributionGraph, AttributionOptions, Contrast, attribute
+from clt.attribution import AttributionGraph, AttributionOptions, Contrast, Plan, attribute, attribution_plan
 from clt.attribution.circuit_tracer_json import write_circuit_tracer_json
 from clt.attribution.circuit_tracer_pt import write_circuit_tracer_pt
 from clt.attribution.prompt import token_text
@@ -65,6 +65,8 @@ class Options(AttributionOptions):
     """Also write a page that shows the graph in any browser, all in one file."""
     features: Path | None = None
     """Folder of feature examples and labels for --html."""
+    plan: bool = False
+    """Only say what the graph would take in memory and on disk; costs one pass of the host."""
     work_dir: Path | None = None
     """Keep rows here while they are computed, so that the same command goes on after a kill."""
     dtype: str | None = None
@@ -111,6 +113,9 @@ def plan(options: Options) -> dict[str, Any]:
 def main(options: Options) -> None:
     """Compute, check, save, print."""
     model, prompt, scan = open_all(options)
+    if options.plan:
+        show_plan(attribution_plan(model, prompt, targets=options.targets, **options.attribution), options.json)
+        return
     graph = attribute(
         model,
         prompt,
@@ -141,6 +146,20 @@ def main(options: Options) -> None:
         print(json.dumps(summary(graph, pruned, folder), indent=2))
         return
     report(graph, pruned, model, folder)
+
+
+def show_plan(plan: Plan, as_json: bool) -> None:
+    """Sizes, largest parts named."""
+    if as_json:
+        print(json.dumps(plan.to_dict(), indent=2))
+        return
+    names = ("model", "patterns", "prompt", "pairs", "backward", "memory", "disk", "graph")
+    sizes = plan.to_dict()
+    print(
+        f"{plan.n_positions:,} positions, {plan.n_active:,} active features with {plan.n_pairs:,} pairs of feature and "
+        f"layer written to; {plan.n_rows:,} rows, {plan.batch_size} at a time.\n"
+        + "\n".join(f"{name:9} {sizes[name] / 1e9:7.2f} GB" for name in names)
+    )
 
 
 def open_all(options: Options) -> tuple[ReplacementModel, str | Sample, str]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from clt.attribution import AttributionGraph, Contrast, Direction, attribute
+from clt.attribution import AttributionGraph, Contrast, Direction, attribute, attribution_plan
 from clt.attribution.rows import RowStore
 from clt.attribution.sources import written
 from clt.errors import GraphError
@@ -73,7 +73,7 @@ def test_batch_size_changes_nothing(batch_size):
 def test_vectors_made_again_for_each_use_change_nothing(monkeypatch):
     kept = graph_of().to_dense()
     monkeypatch.setattr("clt.attribution.sources._KEPT_BYTES", 0)
-    monkeypatch.setattr("clt.attribution.sources._BLOCK_NUMBERS", 16 * 5)
+    monkeypatch.setattr("clt.attribution.sources._BLOCK_NUMBERS", {"cpu": 16 * 5})
     torch.testing.assert_close(graph_of().to_dense(), kept, rtol=1e-5, atol=1e-5)
 
 
@@ -201,6 +201,19 @@ def test_image_tokens_know_their_patches():
     assert patches[0].box == (5.0, 0.0, 20.0, 15.0)
     assert patches[3].box == (20.0, 15.0, 35.0, 30.0)
     assert graph.images[0].size == (40, 30)
+
+
+def test_the_plan_says_what_the_graph_takes():
+    model, inputs = random_replacement("gpt2")
+    options = {"max_feature_nodes": 15, "batch_size": 4}
+    plan, graph = attribution_plan(model, inputs, **options), attribute(model, inputs, **options)
+    assert plan.n_active == len(graph.active_features)
+    assert plan.n_rows == graph.edges.n_rows
+    assert plan.graph == 8 * graph.edges.n_rows * (graph.n_nodes - len(graph.targets))
+    weights = [*model.adapter.model.parameters(), *model.transcoder.parameters()]
+    assert plan.model >= 4 * sum(weight.numel() for weight in weights)
+    # One block: nothing of a short pattern is cut off.
+    assert plan.patterns == 4 * 3 * 4 * plan.n_positions**2
 
 
 def test_bfloat16_hosts_close_to_their_rounding():

@@ -44,6 +44,16 @@ def test_two_tokens_are_compared(folders, capsys):
     assert [target["text"] for target in json.loads(capsys.readouterr().out)["targets"]] == ["a - b"]
 
 
+def test_a_plan_is_printed_and_nothing_computed(folders, capsys):
+    attribute.main(options(folders, plan=True, out=folders / "planned"))
+    said = capsys.readouterr().out
+    assert "6 positions" in said
+    assert all(word in said for word in ("patterns", "backward", "memory", "disk"))
+    assert not (folders / "planned").exists()
+    attribute.main(options(folders, plan=True, json=True))
+    assert json.loads(capsys.readouterr().out)["n_positions"] == 6
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
