@@ -11,6 +11,7 @@ from PIL import Image
 
 from clt.attribution.graph import AttributionGraph, Edges, Position, TargetNode
 from clt.attribution.options import AttributionOptions
+from clt.attribution.patch_groups import leaders_of
 from clt.attribution.rows import RowStore
 from clt.attribution.sources import Sources
 from clt.errors import GraphError
@@ -30,7 +31,7 @@ def assemble(
     active = sources.active
     selected = sorted(row for row in store.row_ids if row < len(active))
     table = torch.stack([active.layer, active.position, active.feature], 1).cpu()
-    moved = _new_numbers(sources, selected, len(targets), options)
+    moved = _new_numbers(sources, selected, leaders_of(positions), len(targets), options)
     edges, values, error = _edges(store, moved, len(selected) + sources.n_columns - len(active) + len(targets) + 1)
     graph = AttributionGraph(
         features=table[selected],
@@ -52,17 +53,19 @@ def assemble(
 
 
 def _new_numbers(
-    sources: Sources, selected: Sequence[int], n_targets: int, options: AttributionOptions
+    sources: Sources, selected: Sequence[int], leaders: Sequence[int], n_targets: int, options: AttributionOptions
 ) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Node number of every stored column; -1 for what is dropped."""
+    """Node number of every stored column; -1 for what is dropped, grouped positions' that of their group's first."""
     active = sources.active
     moved = np.full(sources.n_columns + 1, -1, dtype=np.int64)
+    others = sources.n_columns - len(active)
+    # Errors layer by layer and then embeddings: one row of positions after the other.
+    rows = np.arange(others // sources.n_positions)[:, None] * sources.n_positions
+    moved[len(active) : -1] = len(selected) + (rows + np.array(leaders)).ravel()
     if options.unselected == "error":
         place = active.layer * sources.n_positions + active.position
-        moved[: len(active)] = len(selected) + place.cpu().numpy()
+        moved[: len(active)] = moved[len(active) + place.cpu().numpy()]
     moved[list(selected)] = np.arange(len(selected))
-    others = sources.n_columns - len(active)
-    moved[len(active) : -1] = len(selected) + np.arange(others)
     moved[-1] = len(selected) + others + n_targets
     return moved
 

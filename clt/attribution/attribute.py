@@ -29,6 +29,7 @@ from clt.attribution.assemble import assemble
 from clt.attribution.backward import Backward, Reads, constants
 from clt.attribution.graph import AttributionGraph
 from clt.attribution.options import AttributionOptions
+from clt.attribution.patch_groups import with_groups
 from clt.attribution.plan import Plan, automatic_batch_size, plan_of
 from clt.attribution.prompt import Prompt, describe_positions, images_of, prepare_prompt, token_text
 from clt.attribution.rows import RowStore, influence_so_far
@@ -100,6 +101,8 @@ def attribute(
     with torch.no_grad():
         setting = _setting(model, inputs, targets, chosen)
     info = _information(model, setting, chosen, slug or _slug(prompt, inputs), scan)
+    if chosen.group_patches is not None:
+        positions = with_groups(positions, setting.linear.embeddings, chosen.group_patches)
     made_of = {**info, "prompt": inputs.input_ids.tolist(), "data": _digest(setting)}
     with _folder(work_dir) as folder:
         store = RowStore(folder, made_of, setting.sources.n_columns)

@@ -47,6 +47,8 @@ class Position:
     kind: str
     """`text`, `image` or `special`."""
     patch: Patch | None = None
+    group: int | None = None
+    """Of patches grouped by likeness: the position whose embedding and error nodes have the effects of all."""
 
 
 @dataclass(frozen=True)

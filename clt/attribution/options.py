@@ -29,6 +29,8 @@ class AttributionOptions(Config):
     """The position whose prediction is explained; -1: the last."""
     update_interval: int = 4
     """The ranking of features is renewed after this many batches."""
+    group_patches: float | None = None
+    """Make one node of an image's patches whose embeddings have at least this cosine, e.g. 0.95; None: one each."""
 
     def __post_init__(self) -> None:
         require_positive(
@@ -43,6 +45,10 @@ class AttributionOptions(Config):
             raise ConfigError(
                 f"attribution.desired_logit_prob = {self.desired_logit_prob} is a probability: choose it above 0 and "
                 "at most 1."
+            )
+        if self.group_patches is not None and not -1 <= self.group_patches <= 1:
+            raise ConfigError(
+                f"attribution.group_patches = {self.group_patches} is a cosine: choose it between -1 and 1, e.g. 0.95."
             )
         if self.ignored_positions < 0:
             raise ConfigError(f"attribution.ignored_positions = {self.ignored_positions} must be 0 or more.")

@@ -57,7 +57,10 @@ class NodeTable:
 
 
 class Patch(NamedTuple):
-    """Where on an image one position of the prompt lies; left, top, width, height as shares of the image's size."""
+    """Where on an image one position of the prompt lies; left, top, width, height as shares of the image's size.
+
+    `group` is the position whose embedding node stands for it: its own, unless alike patches were made one node.
+    """
 
     position: int
     row: int
@@ -66,6 +69,7 @@ class Patch(NamedTuple):
     top: float
     width: float
     height: float
+    group: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -103,7 +103,7 @@ def _view_of_folder(folder: Path, about: Mapping[str, Any], tensors: Mapping[str
         threshold=_DEFAULT_THRESHOLD,
     )
     view.__dict__["influence"] = tensors["influence"].astype(np.float64)
-    return without_loose_errors(view)
+    return without_empty_nodes(view, [p for p, place in enumerate(positions) if place.get("group", p) not in (p, None)])
 
 
 def _own_nodes(about: Mapping[str, Any], tensors: Mapping[str, ndarray]) -> NodeTable:
@@ -147,17 +147,25 @@ def _own_images(folder: Path, about: Mapping[str, Any]) -> list[ViewImage]:
             if patch is not None and patch["image"] == number:
                 left, top, right, bottom = patch["box"]
                 box = (left / width, top / height, (right - left) / width, (bottom - top) / height)
-                patches.append(Patch(position, patch["row"], patch["column"], *box))
+                group = place.get("group")
+                patches.append(
+                    Patch(position, patch["row"], patch["column"], *box, position if group is None else group)
+                )
         name = Path(image["file"]).name  # never a path out of the folder
         data = (folder / name).read_bytes()
         images.append(ViewImage(data=data, media_type="image/png", width=width, height=height, patches=patches))
     return images
 
 
-def without_loose_errors(view: GraphView) -> GraphView:
-    """Leave out error nodes that no edge leaves: a long prompt has tens of thousands of places without any."""
+def without_empty_nodes(view: GraphView, grouped: Sequence[int] = ()) -> GraphView:
+    """Leave out error nodes that no edge leaves: a long prompt has tens of thousands of places without any.
+
+    Args:
+        grouped: positions whose embedding node is that of another.
+    """
     used = np.bincount(view.edges.source, minlength=view.n_nodes) > 0
-    keep = used | (view.nodes.kind != ERROR)
+    is_other = (view.nodes.kind == EMBEDDING) & np.isin(view.nodes.position, list(grouped))
+    keep = used | ((view.nodes.kind != ERROR) & ~is_other)
     if keep.all():
         return view
     moved = np.cumsum(keep) - 1

@@ -203,6 +203,39 @@ def test_image_tokens_know_their_patches():
     assert graph.images[0].size == (40, 30)
 
 
+def test_a_group_of_patches_has_the_sums_of_its_members():
+    """Patches less alike than asked for stay apart; embeddings and errors are summed, features are not."""
+    model, _ = random_replacement("llava")
+    sample = tiny_samples("llava")[0]
+    apart = attribute(model, sample, max_feature_nodes=15, batch_size=4)
+    inputs = model.adapter.prepare([sample])
+    patches = [number for number, position in enumerate(apart.positions) if position.patch]
+    directions = torch.nn.functional.normalize(model.adapter.linearised(inputs).embeddings[patches], dim=1)
+    cosines = directions @ directions.T
+    between = float(cosines[0, 1:].sort().values[1:].mean())
+    together = attribute(model, sample, max_feature_nodes=15, batch_size=4, group_patches=between)
+
+    groups = [position.group for position in together.positions]
+    assert [group is None for group in groups] == [position.patch is None for position in together.positions]
+    assert groups[patches[0]] == patches[0]
+    assert len({groups[number] for number in patches}) < len(patches)
+    for number, patch in enumerate(patches):
+        leader = patches.index(groups[patch])
+        assert leader == number or cosines[leader, number] >= between
+
+    summed = apart.to_dense()
+    for member, leader in enumerate(groups):
+        if leader in (None, member):
+            continue
+        for row in range(apart.n_layers + 1):
+            start = apart.first_error + row * apart.n_positions
+            summed[:, start + leader] += summed[:, start + member]
+            summed[:, start + member] = 0
+    assert torch.equal(together.features, apart.features)
+    torch.testing.assert_close(together.to_dense(), summed, rtol=1e-5, atol=1e-6)
+    assert together.row_sum_errors.max() < 1e-5
+
+
 def test_the_plan_says_what_the_graph_takes():
     model, inputs = random_replacement("gpt2")
     options = {"max_feature_nodes": 15, "batch_size": 4}

@@ -236,15 +236,17 @@ function drawSpecial(
   weights: Map<number, number> | null,
   node: number,
 ): void {
-  const { x, y, radius, patchWidth, patchHeight } = layout
+  const { x, y, radius, patchWidth, patchHeight, alike } = layout
   const kind = graph.data.nodes.kind[node]
   const weight = weights?.get(node)
   const isSelected = node === selected
   const path = (grow: number) => {
     context.beginPath()
     const [w, h] = [patchWidth[node] + 2 * grow, patchHeight[node] + 2 * grow]
-    if (patchWidth[node]) context.rect(x[node] - w / 2, y[node] - h / 2, w, h)
-    else shape(context, kind, x[node], y[node], radius[node] + grow)
+    if (patchWidth[node]) {
+      context.rect(x[node] - w / 2, y[node] - h / 2, w, h)
+      for (const [left, top] of alike.get(node) ?? []) context.rect(left - w / 2, top - h / 2, w, h)
+    } else shape(context, kind, x[node], y[node], radius[node] + grow)
   }
   if (weight !== undefined || !patchWidth[node]) {
     path(isSelected ? 2 : 0.6)

@@ -15,6 +15,8 @@ export class Graph {
   readonly byId: Map<string, number>
   /** Positions that are patches of an image. */
   readonly patchOf: Map<number, { image: number; patch: Patch }>
+  /** All patches that the embedding node at a position stands for. */
+  readonly patchesOf: Map<number, Patch[]>
 
   /** What search looks through, made once for the labels at hand. */
   private searchable: { labels: Record<string, string>; texts: string[] } | null = null
@@ -23,8 +25,14 @@ export class Graph {
     this.size = data.nodes.id.length
     this.byId = new Map(data.nodes.id.map((id, node) => [id, node]))
     this.patchOf = new Map()
+    this.patchesOf = new Map()
     data.images.forEach((image, index) => {
-      for (const patch of image.patches) this.patchOf.set(patch[0], { image: index, patch })
+      for (const patch of image.patches) {
+        this.patchOf.set(patch[0], { image: index, patch })
+        const alike = this.patchesOf.get(patch[7])
+        if (alike) alike.push(patch)
+        else this.patchesOf.set(patch[7], [patch])
+      }
     })
   }
 
@@ -52,7 +60,8 @@ export class Graph {
   name(node: number, labels: Record<string, string>): string {
     const { nodes } = this.data
     const kind = nodes.kind[node]
-    const place = this.placeName(nodes.position[node])
+    const more = kind === EMBEDDING || kind === ERROR ? (this.patchesOf.get(nodes.position[node])?.length ?? 1) - 1 : 0
+    const place = this.placeName(nodes.position[node]) + (more > 0 ? ` and ${more} like it` : '')
     if (kind === LOGIT) return `${this.logitToken(node)} ${percent(nodes.probability[node] ?? 0)}`
     if (kind === EMBEDDING) return place
     if (kind === BIAS) return 'Bias'

@@ -51,6 +51,8 @@ export interface Layout {
   /** Half sizes of the patch rectangles of embedding nodes, 0 for all others. */
   patchWidth: Float32Array
   patchHeight: Float32Array
+  /** Centres [x, y] of the other patches that a node stands for. */
+  alike: Map<number, [number, number][]>
   /** Height of the strip of tokens below. */
   gutter: number
 }
@@ -189,6 +191,7 @@ function emptyLayout(graph: Graph, columns: Column[], rows: Row[], gutter: numbe
     radius: make(),
     patchWidth: make(),
     patchHeight: make(),
+    alike: new Map(),
     columns,
     rows,
     chips: [],
@@ -243,8 +246,13 @@ function placeImages(graph: Graph, layout: Layout, visible: Uint8Array, space: S
     const place = found && layout.images.find((image) => image.index === found.image)
     if (!found || !place) continue
     const [, , , left, top, width, height] = found.patch
-    layout.x[node] = place.left + (left + width / 2) * place.width
-    layout.y[node] = place.top + (top + height / 2) * place.height
+    const centre = (x: number, y: number): [number, number] => [
+      place.left + (x + width / 2) * place.width,
+      place.top + (y + height / 2) * place.height,
+    ]
+    ;[layout.x[node], layout.y[node]] = centre(left, top)
+    const others = (graph.patchesOf.get(position[node]) ?? []).filter((patch) => patch !== found.patch)
+    if (others.length) layout.alike.set(node, others.map((patch) => centre(patch[3], patch[4])))
     layout.patchWidth[node] = width * place.width
     layout.patchHeight[node] = height * place.height
     layout.radius[node] = Math.max(2, Math.min(layout.patchWidth[node], layout.patchHeight[node]) / 2)
@@ -288,7 +296,10 @@ export function nodeAt(graph: Graph, layout: Layout, visible: Uint8Array, x: num
     const dx = x - layout.x[node]
     const dy = y - layout.y[node]
     if (layout.patchWidth[node]) {
-      if (Math.abs(dx) <= layout.patchWidth[node] / 2 && Math.abs(dy) <= layout.patchHeight[node] / 2) return node
+      const places: [number, number][] = [[layout.x[node], layout.y[node]], ...(layout.alike.get(node) ?? [])]
+      const isIn = ([left, top]: [number, number]) =>
+        Math.abs(x - left) <= layout.patchWidth[node] / 2 && Math.abs(y - top) <= layout.patchHeight[node] / 2
+      if (places.some(isIn)) return node
       continue
     }
     const distance = dx * dx + dy * dy

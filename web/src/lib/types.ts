@@ -40,8 +40,11 @@ export interface NodeColumns {
   label: string[]
 }
 
-/** [position, row, column, left, top, width, height], the last four as shares of the image's size. */
-export type Patch = [number, number, number, number, number, number, number]
+/**
+ * [position, row, column, left, top, width, height, group]: the four before the last as shares of the image's size;
+ * last, the position whose embedding node stands for the patch (its own, or that of the first of patches like it).
+ */
+export type Patch = [number, number, number, number, number, number, number, number]
 
 export interface GraphImage {
   src: string
