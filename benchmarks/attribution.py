@@ -139,7 +139,9 @@ def long(model: ReplacementModel, setting: Setting, inputs: HostInputs, nodes: i
         "kept_nodes": int(pruned.node_mask.sum()),
         "disk_gb": sum(file.stat().st_size for file in (folder / "rows").iterdir()) / 1e9,
         "graph_gb": sum(file.stat().st_size for file in (folder / "graph").iterdir()) / 1e9,
-        "planned_gb": {name: size / 1e9 for name, size in plan.to_dict().items() if not name.startswith(("n_", "ba"))},
+        "planned_gb": {
+            name: size / 1e9 for name, size in plan.to_dict().items() if name != "batch_size" and name[:2] != "n_"
+        },
         "batch_size": plan.batch_size,
         "pairs": plan.n_pairs,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ def write_graph_folder(
     inputs_per_row: int = 60,
     dictionary: int = 16_384,
     grid: tuple[int, int] | None = None,
+    alike: tuple[int, ...] = (),
     seed: int = 0,
 ) -> Path:
     """Our own format (docs/attribution.md), complete.
@@ -34,15 +36,18 @@ def write_graph_folder(
         inputs_per_row: edges into each feature and target, at most.
         dictionary: features per layer of the transcoder.
         grid: rows and columns of image patches put behind the first token.
+        alike: positions of patches that are one node, the first of them.
     """
     rng = np.random.default_rng(seed)
     positions = _positions(tokens or TEXT, grid)
     n_positions = len(positions)
     layer = np.sort(rng.integers(0, n_layers, n_features))
     features = np.stack([layer, _places(rng, n_features, n_positions), rng.integers(0, dictionary, n_features)], 1)
+    for position in alike:
+        positions[position]["group"] = alike[0]
     features = np.unique(features, axis=0)
     n_features = len(features)
-    edges = _edges(rng, features, n_layers, n_positions, n_targets, inputs_per_row)
+    edges = _edges(rng, features, n_layers, n_positions, n_targets, inputs_per_row, alike[1:])
     probabilities = np.array([0.55 * 0.5**k for k in range(n_targets)])
     influence = _influence(edges, n_features, n_layers, n_positions, probabilities)
     order = np.argsort(-influence, kind="stable")
@@ -119,9 +124,19 @@ def _places(rng: np.random.Generator, n: int, n_positions: int) -> np.ndarray:
 
 
 def _edges(
-    rng: np.random.Generator, features: np.ndarray, n_layers: int, n_positions: int, n_targets: int, most: int
+    rng: np.random.Generator,
+    features: np.ndarray,
+    n_layers: int,
+    n_positions: int,
+    n_targets: int,
+    most: int,
+    empty: Sequence[int] = (),
 ) -> dict[str, np.ndarray]:
-    """Rows of features, then of targets: sources of lower layers and no later positions, heavy-tailed weights."""
+    """Rows of features, then of targets: sources of lower layers and no later positions, heavy-tailed weights.
+
+    Args:
+        empty: positions whose embedding and error nodes have no effect.
+    """
     n_features = len(features)
     first_embedding = n_features + n_layers * n_positions
     layers = np.concatenate([features[:, 0], np.repeat(np.arange(n_layers), n_positions)])
@@ -134,6 +149,7 @@ def _edges(
         chosen = rng.choice(pool, min(most, len(pool)), replace=False) if len(pool) else pool
         embeddings = first_embedding + rng.choice(n_positions, min(n_positions, 40), replace=False)
         source = np.unique(np.concatenate([chosen, embeddings])).astype(np.int32)
+        source = source[(source < n_features) | ~np.isin((source - n_features) % n_positions, empty)]
         size = rng.pareto(1.4, len(source)) * np.where(rng.random(len(source)) < 0.3, -0.4, 1.0)
         sources.append(source)
         weights.append(size * np.where(source < n_features, 1.0, 0.35))

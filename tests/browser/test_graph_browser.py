@@ -27,6 +27,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("browser")
     text = write_graph_folder(folder / "graphs" / "dallas", n_features=120, n_layers=3, dictionary=12)
     write_graph_folder(folder / "graphs" / "picture", n_features=200, n_layers=8, grid=(4, 5), tokens=QUESTION, seed=3)
+    alike = {"grid": (4, 5), "alike": (2, 3, 7), "tokens": QUESTION, "seed": 3}
+    write_graph_folder(folder / "graphs" / "grouped", n_features=200, n_layers=8, **alike)
     nodes = open_view(text).nodes
     pairs = {(int(nodes.layer[node]), int(nodes.feature[node])) for node in range((nodes.kind == FEATURE).sum())}
     write_examples(folder / "features", sorted(pairs))
@@ -153,6 +155,16 @@ def test_patches_of_an_image_are_shown_with_what_they_do(page, address, screensh
     shoot(page, screenshots, "image")
     patches.nth(7).click()
     page.get_by_test_id("node-name").filter(has_text="patch 2, 3").wait_for()
+
+
+def test_alike_patches_are_one_node_with_all_their_outlines(page, address, screenshots):
+    opened(page, address, "grouped")
+    patches = page.get_by_test_id("patches").locator("rect")
+    assert patches.count() == 20
+    patches.nth(6).click()
+    page.get_by_test_id("node-name").filter(has_text="patch 1, 2 and 2 like it").wait_for()
+    assert page.get_by_test_id("patches").locator("rect.here").count() == 3
+    shoot(page, screenshots, "grouped-patches")
 
 
 def test_a_feature_is_steered_live(page, address, screenshots):

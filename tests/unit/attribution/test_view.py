@@ -21,6 +21,22 @@ def folder(tmp_path_factory):
     return write_graph_folder(tmp_path_factory.mktemp("graphs") / "one", n_features=60, n_layers=4, grid=(2, 3))
 
 
+def test_grouped_patches_have_one_embedding_node(tmp_path):
+    graph = write_graph_folder(tmp_path / "g", n_features=60, n_layers=4, grid=(2, 3), alike=(2, 4, 5))
+    view = open_view(graph)
+    embeddings = view.nodes.position[view.nodes.kind == EMBEDDING].tolist()
+    assert [position for position in range(7) if position not in embeddings] == [4, 5]
+    assert not np.isin(view.nodes.position[view.nodes.kind == ERROR], [4, 5]).any()
+    assert [(patch.position, patch.group) for patch in view.images[0].patches] == [
+        (1, 1),
+        (2, 2),
+        (3, 3),
+        (4, 2),
+        (5, 2),
+        (6, 6),
+    ]
+
+
 def small_json():
     def node(node_id, kind, layer, position, **more):
         return {"node_id": node_id, "feature_type": kind, "layer": str(layer), "ctx_idx": position, **more}
