@@ -104,7 +104,8 @@ def test_feature_examples_and_their_index_are_valid(tmp_path):
 def test_clt_attribute_writes_a_valid_graph_under_the_scan_that_is_asked_for(tmp_path, capsys):
     read = ["--model", str(GOLDEN / "model"), "--transcoder", str(GOLDEN / "clt")]
     named = ["--prompt", (GOLDEN / "prompt.txt").read_text(), "--scan", "gemma-2-2b", "--slug", "mine"]
-    main(["attribute", *read, *named, "--out", str(tmp_path / "graph"), "--neuronpedia", str(tmp_path / "np"), "--json"])
+    written = ["--out", str(tmp_path / "graph"), "--neuronpedia", str(tmp_path / "np")]
+    main(["attribute", *read, *named, *written, "--json"])
     capsys.readouterr()
     described = json.loads((tmp_path / "np" / "mine.json").read_text())
     check(described, "graph")
