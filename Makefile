@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.setup-done
 SHELL  := /bin/bash
 
-.PHONY: setup demo demo-quick test test-all check bench web clean
+.PHONY: setup demo demo-quick test test-all check docs figures coverage wheel bench web clean
 
 setup: $(STAMP)
 
@@ -35,6 +35,20 @@ test: setup
 
 test-all: check
 	$(BIN)/pytest
+
+# Every page, link and anchor is checked; the site works from a folder, without a server.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# The pictures in docs/images: needs `make demo` before, and Chromium.
+figures: setup
+	$(BIN)/python docs/figures.py
+
+coverage: setup
+	$(BIN)/pytest -n 2 -m "not slow and not gpu" --cov=clt --cov-branch --cov-report=term-missing:skip-covered --cov-report=html
+
+wheel: setup
+	$(BIN)/pip wheel --quiet --no-deps -w dist .
 
 bench: setup
 	@for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done

@@ -102,6 +102,7 @@ class Passes:
         )
 
     def kinds(self) -> Tensor:
+        """Kind of each position of the rows: the prompt's own, and text or special for what was generated."""
         assert self._inputs is not None
         assert self._ids is not None
         known, new = self._split()

@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "clt").rglob("*.py"))
 COMMANDS = [name for commands in command_line.COMMANDS.values() for name in commands]
 LONGEST_FILE, LONGEST_FUNCTION = 420, 45
+# Bases that bring no methods of their own.
+BASES = {"ABC", "Protocol", "NamedTuple", "Config"}
 
 
 def functions_of(path):
@@ -103,3 +105,32 @@ def test_the_graph_page_is_small_and_asks_nobody():
         outside |= set(re.findall(r"(?:https?:)?//[\w.-]+\.[a-z]{2,}[^\s\"'`)]*", file.read_text()))
     # Names of XML namespaces and of the framework's own error pages; nothing is fetched from them.
     assert {address for address in outside if not re.search(r"www\.w3\.org|svelte\.dev", address)} == set()
+
+
+def public_functions(path):
+    """Functions, and methods of classes that stand for themselves; a method of a subclass has its base's docstring."""
+    tree = ast.parse(path.read_text())
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
+    own = [node.body for node in classes if not any(each not in BASES for each in map(ast.unparse, node.bases))]
+    return [
+        node
+        for body in [tree.body, *own]
+        for node in body
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        if not node.name.startswith("_") and not any("overload" in ast.unparse(each) for each in node.decorator_list)
+    ]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_public_functions_say_what_they_mean_take_and_give(path):
+    for function in public_functions(path):
+        assert ast.get_docstring(function), f"{function.name} says nothing"
+        arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+        untyped = [each.arg for each in arguments if each.annotation is None and each.arg not in ("self", "cls")]
+        assert not untyped, f"{function.name}: no type for {untyped}"
+        assert function.returns is not None, f"{function.name} does not say what it returns"
+
+
+def test_heavy_libraries_are_not_loaded_by_import_alone():
+    code = "import sys, clt; sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'transformers')))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
