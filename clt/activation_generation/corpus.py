@@ -82,7 +82,10 @@ def _world_samples(config: ActivationConfig, held_out: HeldOutChoice) -> Iterato
     world = _world(config.dataset_path)
     streams = {split: iter(world.samples(split, splits.count(split), config.seed)) for split in set(splits)}
     for split in splits:
-        yield next(streams[split]), split
+        # A world of finite text (two-hop) ends earlier in one split than in the other.
+        sample = next(streams[split], None)
+        if sample is not None:
+            yield sample, split
 
 
 def placed_image(sample: Sample, adapter: ModelAdapter) -> Sample:

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import tyro
 
@@ -149,4 +149,4 @@ def _json_object(flag: str, text: str) -> dict[str, Any]:
         raise ConfigError(f"{flag} {text!r} is not JSON ({error.msg}). Quote it: '{{\"remote\": true}}'.") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{flag} {text!r} is no JSON object; it needs names, such as '{{\"remote\": true}}'.")
-    return values
+    return cast(dict[str, Any], values)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from clt.activation_generation import ActivationGenerator
+from clt.activation_generation.corpus import samples_of
 from clt.config import ActivationConfig
 from clt.data import LocalActivationStore
 from clt.data.metadata import metadata_from_json, read_json
@@ -218,3 +219,10 @@ def test_the_stream_is_the_training_part_of_the_data_set(text, llama):
     live = batch.select((batch.sample * 1000 + batch.position).argsort())
     assert torch.equal(live.sample, stored.sample)
     assert torch.equal(live.inputs, stored.inputs)
+
+
+def test_a_world_of_finite_text_is_captured_to_its_end(llama):
+    config = ActivationConfig(model_name="world:two-hop", dataset_path="world:two-hop")
+    splits = [split for _, split in samples_of(config, llama, None)]
+    assert splits.count("train") == 351
+    assert splits.count("held_out") == 57
