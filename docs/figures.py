@@ -92,10 +92,11 @@ def graph_picture(options: Options) -> None:
     write_graph_page(options.work / "graph", options.work / "graph.html")
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(viewport={"width": 1280, "height": 760}, color_scheme="light")
+        page = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light")
         page.goto((options.work / "graph.html").resolve().as_uri())
         page.get_by_test_id("count").wait_for()
         page.get_by_text("Pin the 12 most influential features").click()
+        page.mouse.move(1100, 740)  # away from the nodes, whose labels would cover the graph
         page.wait_for_timeout(1000)
         page.screenshot(path=IMAGES / "vlm-graph.png")
         browser.close()
