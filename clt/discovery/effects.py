@@ -99,16 +99,20 @@ def span_margins(
         logits: after each position, of prompts with answers, padded right.
         spans: of each row's answer.
     """
+    if not any(spans):
+        return []
     log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
-    margins = []
-    for row, own in enumerate(spans):
-        places = inputs.answer[row].nonzero().squeeze(1)
-        for span in own:
-            at = places[span.start : span.end]
-            total = log_p[row, at - 1, inputs.input_ids[row, at]].sum()
-            # log P - log(1 - P); P is kept off 1, where the host is surer than its numbers can tell.
-            margins.append((total - torch.log1p(-total.exp().clamp(max=1 - 1e-6)), span.is_bad))
-    return margins
+    # Of each token but the first, given what comes before it; then sums over the first k of them.
+    token = log_p[:, :-1].gather(2, inputs.input_ids[:, 1:, None]).squeeze(2) * inputs.answer[:, 1:]
+    sums = torch.nn.functional.pad(token.cumsum(1), (1, 0))
+    first = inputs.answer.int().argmax(1).tolist()
+    every = [(row, span) for row, own in enumerate(spans) for span in own]
+    places = [(row, first[row] - 1 + span.start, first[row] - 1 + span.end) for row, span in every]
+    rows, starts, ends = torch.tensor(places, device=sums.device).unbind(1)
+    total = sums[rows, ends] - sums[rows, starts]
+    # log P - log(1 - P); P is kept off 1, where the host is surer than its numbers can tell.
+    margins = total - torch.log1p(-total.exp().clamp(max=1 - 1e-6))
+    return list(zip(margins.unbind(), (span.is_bad for _, span in every)))
 
 
 @dataclass(frozen=True)

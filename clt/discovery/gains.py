@@ -21,10 +21,14 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from clt.config.base import Config
-from clt.discovery.effects import Example, forward, span_margins
+from clt.discovery.effects import Example, Gains, span_margins
 from clt.errors import DiscoveryError
-from clt.replacement import ReplacementModel
+from clt.lm import HostInputs, ModelAdapter
+from clt.replacement import ReplacementModel, SteeredHost
 from clt.types import FeatureId
+
+MOST_PREPARED_BYTES = 2**28
+"""Of prepared inputs that are kept per task."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,20 +47,21 @@ class GainOptions(Config):
     """Pull of the log gains towards 0."""
     largest: float = 20.0
     """Gains stay between 1 / largest and largest."""
-    keep_errors: bool = True
-    """Learn on the host's forward pass (transcoder errors kept) instead of the replacement's."""
     seed: Annotated[int, tyro.conf.arg(name="gain-seed")] = 0
     """Of the batches."""
 
 
 def learn_gains(
-    model: ReplacementModel,
+    model: ReplacementModel | SteeredHost,
     examples: Sequence[Example],
     chosen: Sequence[FeatureId],
     options: GainOptions,
     on_step: Callable[[], None] = lambda: None,
 ) -> dict[FeatureId, float]:
     """A factor for each of the chosen features.
+
+    Args:
+        model: what is to be steered by them: gains learned on the one are not the best for the other.
 
     Raises:
         DiscoveryError: there are no bad or no good spans to learn from.
@@ -69,14 +74,13 @@ def learn_gains(
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, options.steps, options.learning_rate / 10)
     limit = float(np.log(options.largest))
     rng = np.random.default_rng(options.seed)
+    batches = [(_Batches(model.adapter, task.examples, options.batch_size, rng), task.bad_share) for task in tasks]
     ones = torch.ones(config.num_layers, config.num_features)
     for _ in range(options.steps):
         gains = ones.index_put(at, log_gains.clamp(-limit, limit).exp())
         loss = options.shrink * log_gains.square().mean()
-        for task in tasks:
-            picked = rng.choice(len(task.examples), size=min(options.batch_size, len(task.examples)), replace=False)
-            batch = [task.examples[place] for place in picked]
-            loss = loss + _loss(model, batch, gains, task.bad_share * options.bad_weight, options.keep_errors).cpu()
+        for drawn, bad_share in batches:
+            loss = loss + _loss(model, *drawn.draw(rng), gains, bad_share * options.bad_weight).cpu()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -110,17 +114,41 @@ def _tasks(examples: Sequence[Example]) -> list[_Task]:
     return tasks
 
 
+class _Batches:
+    """A task's answers dealt into batches once, and drawn one at a time; small ones stay prepared."""
+
+    def __init__(self, adapter: ModelAdapter, examples: Sequence[Example], size: int, rng: np.random.Generator) -> None:
+        order = rng.permutation(len(examples))
+        n_batches = -(-len(examples) // size)
+        self._adapter = adapter
+        self._dealt = [[examples[place] for place in part] for part in np.array_split(order, n_batches)]
+        self._prepared: dict[int, HostInputs] = {}
+        self._bytes = 0
+
+    def draw(self, rng: np.random.Generator) -> tuple[Sequence[Example], HostInputs]:
+        """One batch."""
+        number = int(rng.integers(len(self._dealt)))
+        batch = self._dealt[number]
+        if number in self._prepared:
+            return batch, self._prepared[number]
+        inputs = self._adapter.prepare([each.sample for each in batch], answers=[each.answer for each in batch])
+        size = sum(tensor.nbytes for tensor in inputs.tensors.values())
+        if self._bytes + size <= MOST_PREPARED_BYTES:
+            self._prepared[number], self._bytes = inputs, self._bytes + size
+        return batch, inputs
+
+
 def _loss(
-    model: ReplacementModel,
+    model: ReplacementModel | SteeredHost,
     batch: Sequence[Example],
+    inputs: HostInputs,
     gains: Float[Tensor, "layer feature"],
     bad_weight: float,
-    keep_errors: bool,
 ) -> Float[Tensor, ""]:
     """Weighted mean over the spans of a batch."""
-    inputs = model.adapter.prepare([each.sample for each in batch], answers=[each.answer for each in batch])
     per_row = gains[:, None].expand(-1, len(batch), -1).to(model.adapter.device)
-    logits = forward(model, inputs, per_row, keep_errors)
+    with model.active(inputs, interventions=Gains(per_row)):
+        logits = model.adapter.model(**inputs.tensors, use_cache=False).logits
     margins = span_margins(logits, inputs, [each.spans for each in batch])
     prices = [bad_weight * softplus(margin) if is_bad else softplus(-margin) for margin, is_bad in margins]
     return torch.stack(prices).mean()

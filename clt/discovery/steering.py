@@ -93,24 +93,36 @@ class Trial:
         *,
         max_new_tokens: int,
         batch_size: int,
+        expected_lengths: Mapping[str, int],
         seed: int = 0,
     ) -> None:
-        """The samples are those of the report half, as the host is to see them."""
+        """The samples are those of the report half, as the host is to see them.
+
+        Args:
+            expected_lengths: tokens of each sample's answer without steering; answers of about the same length run
+                together, so that short ones do not wait for long ones.
+        """
+        samples = sorted(samples, key=lambda sample: expected_lengths[sample.id])
         self._benchmark, self._samples = benchmark, samples
         self._options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
         self._pairs = PairedScores(benchmark, {sample.id: images[sample.id] for sample in samples}, seed=seed)
-        self._before: dict[int, Report] = {}
+        self._before: dict[Where, Report] = {}
 
     def score(self, model: Steerable, interventions: Interventions | None) -> Report:
         """The benchmark's report on the answers."""
         answers = model.generate(self._samples, interventions=interventions, **self._options)
         return self._benchmark.score({sample.id: text.strip() for sample, text in zip(self._samples, answers)})
 
-    def before(self, model: Steerable) -> Report:
-        """The report without interventions, made once per model."""
-        if id(model) not in self._before:
-            self._before[id(model)] = self.score(model, None)
-        return self._before[id(model)]
+    def remember(self, where: Where, answers: Mapping[str, str]) -> None:
+        """Answers without interventions that were given already."""
+        self._before[where] = self._benchmark.score({sample.id: answers[sample.id] for sample in self._samples})
+
+    def before(self, where: Where, model: Steerable) -> Report:
+        """The report without interventions, made once; host and neurons are the same model then."""
+        where = "host" if where == "neurons" else where
+        if where not in self._before:
+            self._before[where] = self.score(model, None)
+        return self._before[where]
 
     def run(
         self,
@@ -124,7 +136,7 @@ class Trial:
         on_run: Callable[[], None] = lambda: None,
     ) -> Steered:
         """Steer, and steer each control."""
-        before = self.before(model)
+        before = self.before(where, model)
         after = self.score(model, FixedGains(factors, widths))
         on_run()
         drawn: dict[str, list[float]] = {metric: [] for metric in after.metrics}

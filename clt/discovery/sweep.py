@@ -22,6 +22,7 @@ from clt.discovery.session import Session
 from clt.discovery.statistics import class_statistics
 from clt.discovery.steering import Factors, Steered, Trial, Where, dose_factors, swapped
 from clt.errors import ConfigError, DiscoveryError
+from clt.replacement import ReplacementModel, SteeredHost
 from clt.replacement.steerable import Steerable
 from clt.types import FeatureId
 
@@ -131,18 +132,17 @@ class Sweep:
         excluded = {_id(row) for row in self._found["features"][: 4 * self.options.features]}
         return matched_controls(chosen, self._frequency, self._strength, excluded, seed=1000 * self._seed + number)
 
-    def learned_arm(self, keep_errors: bool) -> Arm | None:
+    def learned_arm(self, model: ReplacementModel | SteeredHost) -> Arm | None:
         """Gains learned on the selection half, and learned in the same way on matched random features."""
         if not self.options.learned or self._effects is None:
             return None
         order = np.argsort(-np.abs(self._effects.selective), axis=None, kind="stable")[: self.options.learned]
         chosen = [FeatureId(*map(int, np.unravel_index(place, self._effects.bad.shape))) for place in order]
         examples = self.session.examples(self._half("selection"))
-        options = self.options.gains.replace(keep_errors=keep_errors)
 
         def learn(features: Sequence[FeatureId]) -> dict[FeatureId, float]:
             self._on_run()
-            return learn_gains(self.session.replacement, examples, features, options)
+            return learn_gains(model, examples, features, self.options.gains)
 
         draws = range(self.options.learned_controls)
         controls = [
@@ -164,12 +164,13 @@ class Sweep:
         learned: Arm | None = None
         for where in self.options.where:
             model = self._model(where)
-            before[where] = trial.before(model).metrics
+            before[where] = trial.before(where, model).metrics
             if where == "neurons":
                 best = learned or arms[len(self.options.doses) - 1]
                 results.append(self._neurons(trial, model, best))
                 continue
-            learned = self.learned_arm(keep_errors=where == "host")
+            assert isinstance(model, ReplacementModel | SteeredHost)
+            learned = self.learned_arm(model)
             for arm in [*arms, *([learned] if learned else [])]:
                 results.append(
                     trial.run(arm.name, where, model, arm.dose, arm.factors, arm.controls, widths, self._on_run)
@@ -183,14 +184,18 @@ class Sweep:
         samples = [sample for sample in self.session.samples if sample.id in reported]
         if not samples:
             raise DiscoveryError("No image is in the half that reports. Capture more samples.")
-        return Trial(
+        trial = Trial(
             self.session.benchmark,
             samples,
             {id: row.image for id, row in reported.items()},
             max_new_tokens=self.session.max_new_tokens,
             batch_size=self.options.eval_batch_size,
+            expected_lengths={id: len(row.answer_ids) for id, row in reported.items()},
             seed=self._seed,
         )
+        # What was captured are the replacement model's answers.
+        trial.remember("replacement", {id: row.response for id, row in reported.items()})
+        return trial
 
     def _model(self, where: Where) -> Steerable:
         session = self.session

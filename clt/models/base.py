@@ -35,6 +35,11 @@ class BaseTranscoder(nn.Module, ABC):
     ) -> Float[Tensor, "target token d_model"]:
         """What one layer's features add to each MLP output of `config.targets_of(source)`, without biases."""
 
+    @property
+    def writes_linearly(self) -> bool:
+        """Whether twice the features contribute twice as much, so that differences may be taken before writing."""
+        return False
+
     @abstractmethod
     def bias(self, target: int) -> Float[Tensor, " d_model"]:
         """What is added to the MLP output of `target` whatever the features do."""

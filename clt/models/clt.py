@@ -304,6 +304,11 @@ class CrossLayerTranscoder(BaseTranscoder):
         scaled = standard / self.target_scale[targets.start : targets.stop].to(flat.dtype)
         return scaled.transpose(0, 1)
 
+    @property
+    def writes_linearly(self) -> bool:
+        """Unless post-encoders shift the activations."""
+        return self.decoders.post.is_identity
+
     def skip(self, source: int, inputs: Float[Tensor, "token d_model"]) -> Float[Tensor, "target token d_model"]:
         """What one layer's input adds to each MLP output of `config.skip_targets_of(source)`, in the host's units."""
         if self.config.skip_connection == "none":

@@ -86,9 +86,14 @@ class RunningDifference:
 
     def _difference(self, source: int, before: Tensor, after: Tensor) -> Float[Tensor, "target token d_model"]:
         """decode(after) - decode(before); features write independently, so only the changed ones are decoded."""
+        write = self._transcoder.contributions
+        if self._transcoder.writes_linearly:
+            return write(source, after - before)
+        if after.requires_grad:
+            # A gradient is to reach features that are not changed yet, too.
+            return write(source, after) - write(source, before)
         changed = before != after
         zero = torch.zeros_like(before)
-        write = self._transcoder.contributions
         return write(source, torch.where(changed, after, zero)) - write(source, torch.where(changed, before, zero))
 
 
