@@ -50,6 +50,7 @@ COMMANDS = {
     "Graphs": {
         "attribute": "Compute an attribution graph: what made the model say it.",
         "faithfulness": "Hold attribution graphs to worlds with known circuits and to real effects.",
+        "examples": "Where features fire most in a corpus, for graphs in the browser and for explain.",
         "explain": "Label features from their examples; graphs in the browser show the labels.",
     },
 }

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import heapq
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Integer
 
 from clt.config.base import write_text_atomically
 from clt.discovery.features_file import LayerFeatures
 from clt.types import FeatureId
 
 HISTOGRAM_BINS = 20
+MOST_PEAKS = 4096
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 
 
@@ -32,43 +35,79 @@ class Peak:
     """Number of the sample."""
     activation: float
     """The largest."""
-    values: Float32[np.ndarray, " position"]
-    """At every position of the sample."""
+    positions: Integer[np.ndarray, " active"]
+    strengths: Float32[np.ndarray, " active"]
+    n_positions: int
+
+    @property
+    def values(self) -> Float32[np.ndarray, " position"]:
+        """At every position of the sample."""
+        everywhere = np.zeros(self.n_positions, dtype=np.float32)
+        everywhere[self.positions] = self.strengths
+        return everywhere
 
 
 class TopExamples:
-    """Keeps the strongest samples per feature while samples stream by; memory is features x `per_feature` samples."""
+    """Keeps the strongest samples per feature while samples stream by.
 
-    def __init__(self, features: Sequence[FeatureId], per_feature: int) -> None:
-        """Nothing seen yet."""
+    Memory is features x `per_feature` samples, of each the positions at which the feature fires, and at most
+    `MOST_PEAKS` numbers per feature for its histogram.
+    """
+
+    def __init__(self, features: Sequence[FeatureId] | None, per_feature: int) -> None:
+        """Nothing seen yet; without `features`, all that fire are kept."""
         self._per_feature = per_feature
-        self._heaps: dict[FeatureId, list[tuple[float, int, Peak]]] = {feature: [] for feature in features}
-        self._counts = dict.fromkeys(features, 0)
-        self._peaks: dict[FeatureId, list[float]] = {feature: [] for feature in features}
+        self._wanted = None if features is None else list(dict.fromkeys(features))
+        self._heaps: dict[FeatureId, list[tuple[float, int, Peak]]] = {}
+        self._counts: Counter[FeatureId] = Counter()
+        self._peaks: dict[FeatureId, list[float]] = {}
+        self._n_peaks: Counter[FeatureId] = Counter()
         self._n_tokens = 0
+        self._random = random.Random(0)
 
     def add(self, number: int, layers: Mapping[int, LayerFeatures]) -> None:
         """Look at one sample."""
         self._n_tokens += next(iter(layers.values())).n_positions
-        for feature, heap in self._heaps.items():
+        for feature in self._fired(layers) if self._wanted is None else self._wanted:
             layer = layers[feature.layer]
             start, end = np.searchsorted(layer.features, [feature.feature, feature.feature + 1])
-            if start == end:
-                continue
-            values = layer.values[start:end]
-            self._counts[feature] += int(end - start)
-            largest = float(values.max())
-            self._peaks[feature].append(largest)
-            if len(heap) == self._per_feature and largest <= heap[0][0]:
-                continue
-            everywhere = np.zeros(layer.n_positions, dtype=np.float32)
-            everywhere[layer.positions[start:end]] = values
-            entry = (largest, -number, Peak(number, largest, everywhere))
-            (heapq.heappushpop if len(heap) == self._per_feature else heapq.heappush)(heap, entry)
+            if start < end:
+                self._counts[feature] += int(end - start)
+                self._keep(feature, number, layer, slice(int(start), int(end)))
+
+    def _fired(self, layers: Mapping[int, LayerFeatures]) -> Iterator[FeatureId]:
+        return (FeatureId(n, int(feature)) for n, layer in layers.items() for feature in np.unique(layer.features))
+
+    def _keep(self, feature: FeatureId, number: int, layer: LayerFeatures, here: slice) -> None:
+        largest = float(layer.values[here].max())
+        self._keep_peak(feature, largest)
+        heap = self._heaps.setdefault(feature, [])
+        if len(heap) == self._per_feature and largest <= heap[0][0]:
+            return
+        peak = Peak(number, largest, layer.positions[here].copy(), layer.values[here].copy(), layer.n_positions)
+        (heapq.heappushpop if len(heap) == self._per_feature else heapq.heappush)(heap, (largest, -number, peak))
+
+    def _keep_peak(self, feature: FeatureId, largest: float) -> None:
+        """The first `MOST_PEAKS`, then each new one in place of a random one with the chance that keeps a fair draw."""
+        peaks = self._peaks.setdefault(feature, [])
+        self._n_peaks[feature] += 1
+        if len(peaks) < MOST_PEAKS:
+            peaks.append(largest)
+        elif (place := self._random.randrange(self._n_peaks[feature])) < MOST_PEAKS:
+            peaks[place] = largest
+
+    def features(self) -> list[FeatureId]:
+        """Those asked for; without any, all that fired, by layer and number."""
+        return sorted(self._heaps) if self._wanted is None else self._wanted
+
+    def samples(self) -> set[int]:
+        """Numbers of the samples that are kept for any feature."""
+        return {peak.sample for heap in self._heaps.values() for _, _, peak in heap}
 
     def top(self, feature: FeatureId) -> list[Peak]:
         """The strongest samples, strongest first; of equal ones the first seen."""
-        return [peak for _, _, peak in sorted(self._heaps[feature], key=lambda entry: entry[:2], reverse=True)]
+        kept = self._heaps.get(feature, [])
+        return [peak for _, _, peak in sorted(kept, key=lambda entry: entry[:2], reverse=True)]
 
     def firing_count(self, feature: FeatureId) -> int:
         """At how many positions it fired."""
@@ -79,8 +118,12 @@ class TopExamples:
         return self._counts[feature] / max(self._n_tokens, 1)
 
     def peaks(self, feature: FeatureId) -> list[float]:
-        """Its largest activation in every sample where it fired."""
-        return self._peaks[feature]
+        """Its largest activation in every sample where it fired, or a fair draw of `MOST_PEAKS` of them."""
+        return self._peaks.get(feature, [])
+
+    def largest(self, feature: FeatureId) -> float:
+        """Its largest activation of all."""
+        return max((peak for peak, _, _ in self._heaps.get(feature, [])), default=0.0)
 
 
 @dataclass(frozen=True)
@@ -92,7 +135,7 @@ class Shown:
     image_positions: Sequence[int]
     image: str
     response: str
-    is_good: bool | None
+    is_good: bool | None = None
 
 
 def feature_json(
@@ -103,11 +146,16 @@ def feature_json(
     transcoder_id: str,
     top_logits: Sequence[str] = (),
     bottom_logits: Sequence[str] = (),
+    context: int | None = None,
 ) -> dict[str, Any]:
-    """The public format, fields as circuit-tracer's page reads them."""
+    """The public format, fields as circuit-tracer's page reads them.
+
+    Args:
+        context: tokens shown before the strongest one, and half as many behind it; None: the whole sample.
+    """
     peaks = top.peaks(feature)
     histogram, _ = np.histogram(peaks, HISTOGRAM_BINS) if peaks else (np.zeros(HISTOGRAM_BINS), None)
-    examples = [_example(peak, shown(peak.sample)) for peak in top.top(feature)]
+    examples = [_example(peak, shown(peak.sample), context) for peak in top.top(feature)]
     return {
         "transcoder_id": transcoder_id,
         "index": feature.number,
@@ -118,7 +166,7 @@ def feature_json(
         "top_logits": list(top_logits),
         "bottom_logits": list(bottom_logits),
         "act_min": 0.0,
-        "act_max": max(peaks, default=0.0),
+        "act_max": top.largest(feature),
         "quantile_values": [float(value) for value in np.quantile(peaks, QUANTILES)] if peaks else [],
         "histogram": [float(count) for count in histogram],
         "activation_frequency": top.frequency(feature),
@@ -134,12 +182,16 @@ def write_examples(folder: Path, features: Iterable[Mapping[str, Any]]) -> int:
     return number
 
 
-def _example(peak: Peak, shown: Shown) -> dict[str, Any]:
-    patches = [float(peak.values[place]) for place in shown.image_positions]
+def _example(peak: Peak, shown: Shown, context: int | None) -> dict[str, Any]:
+    values = peak.values
+    patches = [float(values[place]) for place in shown.image_positions]
+    strongest = int(values.argmax())
+    first = 0 if context is None else max(0, strongest - context)
+    here = slice(first, None if context is None else strongest + context // 2 + 1)
     return {
-        "tokens": list(shown.tokens),
-        "tokens_acts_list": [round(float(value), 5) for value in peak.values],
-        "train_token_ind": int(peak.values.argmax()),
+        "tokens": list(shown.tokens[here]),
+        "tokens_acts_list": [round(float(value), 5) for value in values[here]],
+        "train_token_ind": strongest - first,
         "is_repeated_datapoint": False,
         "activation": peak.activation,
         "example_id": shown.id,

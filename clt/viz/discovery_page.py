@@ -41,6 +41,7 @@ def visualize(session: Session, *, n_features: int, per_feature: int) -> list[st
     if n_features:
         examples = feature_examples(session, [_id(row) for row in features[:n_features]], per_feature)
         write_examples(layout.examples, examples)
+        write_pictures(session, examples, layout.examples)
         lines.append(f"top examples of {len(examples)} features in {layout.examples}")
     parts = [
         *_opening(layout, content),
@@ -99,9 +100,25 @@ def feature_examples(session: Session, features: Sequence[FeatureId], per_featur
         answer = session.pieces(response)[: response.n_positions - response.n_prompt]
         patches = np.flatnonzero(response.mask("image")).tolist()
         judged = {"good": True, "bad": False}.get(verdicts[response.id])
-        return Shown(response.id, [*tokens, *answer], patches, response.image, response.response, judged)
+        image = _picture_name(samples[response.id], response.image)
+        return Shown(response.id, [*tokens, *answer], patches, image, response.response, judged)
 
     return [feature_json(feature, top, shown, transcoder_id=session.run.clt) for feature in features]
+
+
+def write_pictures(session: Session, examples: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Images that were drawn and lie in no file, under the names the examples call them by."""
+    samples = {sample.id: sample for sample in session.samples}
+    for content in examples:
+        for one in content["examples_quantiles"][0]["examples"]:
+            picture = next(iter(samples[one["example_id"]].images), None)
+            if isinstance(picture, Image.Image) and one["image_references"]:
+                picture.save(folder / one["image_references"][0]["image"])
+
+
+def _picture_name(sample: Sample, key: str) -> str:
+    """The file's name; for a drawn image the one `write_pictures` gives it."""
+    return f"{key}.png" if sample.images and isinstance(sample.images[0], Image.Image) else key
 
 
 # --- pieces of the page -------------------------------------------------------------------------------------------
