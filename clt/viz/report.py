@@ -98,6 +98,12 @@ def code(text: str) -> str:
     return f"<pre>{escape(text)}</pre>"
 
 
+def links(targets: Mapping[str, str]) -> str:
+    """Text -> a file beside the page."""
+    items = (f'<a href="{escape(target)}">{escape(text)}</a>' for text, target in targets.items())
+    return f"<p>{' · '.join(items)}</p>"
+
+
 def scene(image: Image.Image, texts: Mapping[str, str], wrong_words: Iterable[str]) -> str:
     """A picture beside what was said about it, words that are not in the picture marked."""
     wrong = set(wrong_words)

@@ -11,7 +11,21 @@ from clt.scripts.demo import Options, pipeline
 from clt.scripts.demo.stages import Stages
 
 PROMISED = {"nmse", "l0_per_layer", "dead_share", "token_match", "kl", "top1", "features_per_layer", "train_seconds"}
-TINY = replace(pipeline.QUICK, scenes=60, steps=20, batch_tokens=256, questions=12, descriptions=6, fidelity_samples=6)
+TINY = replace(
+    pipeline.QUICK,
+    scenes=60,
+    steps=20,
+    batch_tokens=256,
+    questions=12,
+    descriptions=6,
+    fidelity_samples=6,
+    discovery_scenes=16,
+    controls=1,
+    learned_features=20,
+    gain_steps=2,
+    graph_features=40,
+)
+STAGES = ("host", "activations", "clt", "clt-replacement", "plt", "plt-replacement", "discovery", "graph")
 
 
 def demo_in(folder, amounts=TINY):
@@ -54,14 +68,37 @@ def test_the_summary_holds_what_it_promises(finished):
     for scores in (summary["host"], summary["replacement"], summary["replacement"]["plt"]):
         assert scores["pope"]["n"] == 12
         assert scores["amber_like"]["n"] == 6
-    assert set(summary["seconds"]) == {"host", "activations", "clt", "plt", "clt-replacement", "plt-replacement"}
+    assert tuple(summary["seconds"]) == STAGES
+
+
+def test_the_summary_tells_what_steering_changed_against_controls(finished):
+    found = finished[1]["discovery"]
+    assert [row["name"] for row in found["results"]] == ["chosen", "seed_score", "learned"]
+    assert found["n_samples"] == 7 * found["n_images"]
+    for row in found["results"]:
+        for metric in ("hal", "chair", "cover", "adversarial_accuracy"):
+            low, high = row["changes"][metric]["interval"]
+            assert low <= row["changes"][metric]["value"] <= high
+            assert len(row["controls"][metric]["draws"]) == 1
+
+
+def test_the_graph_explains_an_object_that_is_not_there(finished):
+    folder, summary, _ = finished
+    graph = summary["graph"]
+    assert graph["invented"] in graph["answer"]
+    assert graph["n_patches"] == 9
+    assert 0 < graph["n_kept"] < graph["n_nodes"]
+    page = (folder / "graph" / graph["page"]).read_text()
+    assert "data:image/jpeg" in page
 
 
 def test_the_report_needs_nothing_but_itself(finished):
-    page = (finished[0] / "report.html").read_text()
-    assert page.count("<svg") == 6
-    links = re.findall(r'(?:src|href)="([^"#]+)"', page)
-    assert all(link.startswith("data:") for link in links)
+    folder = finished[0]
+    page = (folder / "report.html").read_text()
+    assert page.count("<svg") == 8
+    links = [link for link in re.findall(r'(?:src|href)="([^"#]+)"', page) if not link.startswith("data:")]
+    assert links == ["discovery/analysis/shapes_report.html", "graph/graph.html"]
+    assert all((folder / link).is_file() for link in links)
     assert "<script" not in page
 
 

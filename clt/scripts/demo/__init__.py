@@ -1,7 +1,8 @@
 """The whole job on the embedded vision-language model, in minutes, without any download.
 
 A tiny LLaVA that really hallucinates -> its activations -> a cross-layer and a per-layer transcoder -> both put in
-place of the MLPs -> benchmark scores of host and replacements -> figures, `report.html` and `summary.json`.
+place of the MLPs -> benchmark scores of host and replacements -> the features behind its inventions, steered beside
+random ones -> one invention as an attribution graph -> figures, `report.html` and `summary.json`.
 
 Stopped with Ctrl-C, the same command goes on where it was.
 """
@@ -19,7 +20,7 @@ from clt.config.base import Config
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Config):
-    """How much of everything; `--quick` is under two minutes."""
+    """How much of everything; `--quick` is a look, not a measurement."""
 
     output_dir: Annotated[str, tyro.conf.arg(aliases=("--output",))] = "runs/demo"
     """Folder for everything the demo makes."""

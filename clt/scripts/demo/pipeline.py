@@ -21,8 +21,10 @@ from clt.models import CrossLayerTranscoder
 from clt.replacement import ReplacementModel
 from clt.replacement.fidelity import measure_fidelity
 from clt.scripts.demo import Options
+from clt.scripts.demo.discovery import discovery_options, run_discovery, run_graph
 from clt.scripts.demo.stages import Stages
 from clt.scripts.demo.story import summarise, write_report
+from clt.scripts.discover import Options as DiscoverOptions
 from clt.training.evaluator import evaluate
 from clt.training.run_folder import METRICS
 from clt.training.setup import origin_of
@@ -43,12 +45,45 @@ class Amounts:
     questions: int
     descriptions: int
     fidelity_samples: int
+    discovery_scenes: int
+    """Half of them choose features, the other half are steered; a description and six questions each."""
+    controls: int
+    learned_controls: int
+    learned_features: int
+    gain_steps: int
+    graph_features: int
     features_per_width: int = 8
     k: int = 16
 
 
-FULL = Amounts(scenes=16_000, steps=1000, batch_tokens=1024, questions=900, descriptions=300, fidelity_samples=300)
-QUICK = Amounts(scenes=4_000, steps=300, batch_tokens=1024, questions=300, descriptions=100, fidelity_samples=100)
+FULL = Amounts(
+    scenes=16_000,
+    steps=1000,
+    batch_tokens=1024,
+    questions=900,
+    descriptions=300,
+    fidelity_samples=300,
+    discovery_scenes=240,
+    controls=3,
+    learned_controls=1,
+    learned_features=400,
+    gain_steps=30,
+    graph_features=500,
+)
+QUICK = Amounts(
+    scenes=4_000,
+    steps=300,
+    batch_tokens=1024,
+    questions=300,
+    descriptions=100,
+    fidelity_samples=100,
+    discovery_scenes=100,
+    controls=2,
+    learned_controls=1,
+    learned_features=400,
+    gain_steps=15,
+    graph_features=300,
+)
 
 
 class Demo:
@@ -90,6 +125,8 @@ class Demo:
         for name in WINDOWS:
             self._stage(results, name, amounts, self._trainer_of(name))
             self._stage(results, f"{name}-replacement", amounts, self._replacement_of(name))
+        self._stage(results, "discovery", amounts, self.discovery)
+        self._stage(results, "graph", amounts, self.graph)
         summary = summarise(results, self.stages.seconds, self.options)
         write_report(self.folder, self.world, results, summary)
         write_text_atomically(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -207,6 +244,18 @@ class Demo:
             return result
 
         return measure
+
+    def discovery(self, folder: Path) -> dict[str, Any]:
+        """Features that make the host invent things, found on one half of new scenes and steered on the other."""
+        return run_discovery(self._discovery_options(folder))
+
+    def graph(self, folder: Path) -> dict[str, Any]:
+        """Why the host invents one object: an attribution graph with the image's patches."""
+        options = self._discovery_options(self.folder / "discovery")
+        return run_graph(options, folder, self.amounts.graph_features)
+
+    def _discovery_options(self, folder: Path) -> DiscoverOptions:
+        return discovery_options(self.options.world, self.amounts, self.folder / "clt" / "run", folder)
 
 
 def training_config(amounts: Amounts) -> TrainingConfig:

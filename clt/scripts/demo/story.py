@@ -11,6 +11,7 @@ import numpy as np
 
 from clt.config.base import write_text_atomically
 from clt.scripts.demo import Options
+from clt.scripts.demo.discovery_story import discovery_section, discovery_summary, graph_section
 from clt.training.run_folder import versions
 from clt.viz import plots, report
 from clt.worlds.shapes.score import mentioned
@@ -30,6 +31,7 @@ def summarise(results: Mapping[str, Any], seconds: Mapping[str, float], options:
         "host": {"parameters": host["parameters"], **_scores(host)},
         **{name: _transcoder(results[name], results[f"{name}-replacement"]["fidelity"]) for name in NAMES},
         "replacement": {**_scores(clt), "plt": _scores(results["plt-replacement"])},
+        **discovery_summary(results),
     }
 
 
@@ -61,6 +63,8 @@ def write_report(folder: Path, world: Any, results: Mapping[str, Any], summary: 
         *_hallucination(world, results, summary),
         *_transcoders(results, summary),
         *_replacement(summary),
+        *discovery_section(summary),
+        *graph_section(summary),
         *_reproduce(summary),
     ]
     write_text_atomically(folder / "report.html", report.page("A transcoder in place of every MLP", parts))
