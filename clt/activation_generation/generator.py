@@ -14,6 +14,7 @@ from clt.activation_generation.batches import SPLITS, BatchPlanner, RowBatch, Sp
 from clt.activation_generation.corpus import dataset_folder, host_path, is_world, model_folder, samples_of
 from clt.activation_generation.packing import TextPacker, Tokenizer
 from clt.activation_generation.publish import Publisher
+from clt.activation_generation.share import Share
 from clt.config import ActivationConfig
 from clt.data.background import Background
 from clt.data.client import ServerClient
@@ -27,12 +28,14 @@ from clt.data.writer import ActivationWriter
 from clt.errors import DatasetError
 from clt.lm import HostInputs, ModelAdapter
 from clt.lm.nnsight_backend import NNsightAdapter, require_nnsight, through_nnsight
+from clt.parallel.mesh import Mesh
 from clt.progress import progress_bar
 from clt.types import ActivationBatch, TokenKind
 
 WHERE_ONLY = (
     "activation_dir",
     "device",
+    "device_map",
     "cache_path",
     "dataset_trust_remote_code",
     "streaming",
@@ -61,9 +64,10 @@ class ActivationGenerator:
     Args:
         config: host, corpus, format and place.
         adapter: the host, if it is already loaded.
+        mesh: the ranks that share the work, each every n-th batch (docs/parallel.md); None: this process alone.
     """
 
-    def __init__(self, config: ActivationConfig, adapter: ModelAdapter | None = None) -> None:
+    def __init__(self, config: ActivationConfig, adapter: ModelAdapter | None = None, mesh: Mesh | None = None) -> None:
         if config.backend == "nnsight":
             require_nnsight()
         self.config = config
@@ -73,6 +77,7 @@ class ActivationGenerator:
             / dataset_folder(config.dataset_path, config.dataset_split)
         )
         self._adapter = adapter
+        self._share = Share.of(mesh)
         self._codec = Codec(config.output_format, "none" if config.compression == "None" else config.compression)
         self._skipped: list[dict[str, str]] = []
 
@@ -103,6 +108,11 @@ class ActivationGenerator:
             DatasetError: other options than before, a corpus that cannot be read, a full disk.
             HostModelError: the host cannot be loaded or hooked.
         """
+        self._share.require_same_options(self.config)
+        if not self._share.mesh.is_main:
+            if not self.is_finished:
+                self._make(dict.fromkeys(self.splits))
+            return self.folder
         with ExitStack() as uploads:
             publishers: dict[Split, Publisher | None] = {
                 split: self._publisher(split, uploads) for split in self.splits
@@ -137,17 +147,22 @@ class ActivationGenerator:
                     yield self._capture(adapter, inputs, rows, n_tokens)
 
     def _make(self, publishers: Mapping[Split, Publisher | None]) -> None:
+        self._share.require_same_count(list(self.splits.values()))
         adapter = self.host()
+        missing = {split: path for split, path in self.splits.items() if not (path / METADATA_FILE).exists()}
         with ExitStack() as stack:
             writers: dict[Split, ActivationWriter] = {
                 split: stack.enter_context(self._writer(split, folder, adapter, publishers[split]))
-                for split, folder in self.splits.items()
-                if not (folder / METADATA_FILE).exists()
+                for split, folder in missing.items()
             }
             with torch.no_grad():
                 self._write(adapter, writers)
             self._require_tokens(writers)
-        self._list_skipped()
+        if not self._share.is_whole:
+            for split, folder in missing.items():
+                self._share.merge(folder, self._info(split, adapter), self._codec, **self._form)
+        if self._share.mesh.is_main:
+            self._list_skipped()
 
     def _publisher(self, split: Split, uploads: ExitStack) -> Publisher | None:
         config = self.config
@@ -180,33 +195,40 @@ class ActivationGenerator:
         return ModelAdapter.from_pretrained(
             host_path(config.model_name),
             dtype=config.model_dtype,
-            device=config.device,
+            device=self._share.device(config),
             input_template=config.mlp_input_module_path_template,
             output_template=config.mlp_output_module_path_template,
+            **({} if config.device_map is None else {"device_map": config.device_map}),
         )
 
     def _writer(
         self, split: Split, folder: Path, adapter: ModelAdapter, publisher: Publisher | None
     ) -> ActivationWriter:
+        return ActivationWriter(
+            self._share.folder(folder),
+            self._info(split, adapter),
+            codec=self._codec,
+            resume=True,
+            on_shard=publisher.shard if publisher and self._share.is_whole else None,
+            part=self._share.part,
+            **self._form,
+        )
+
+    @property
+    def _form(self) -> dict[str, Any]:
+        """Type, size and order of shards."""
         config = self.config
-        info = DatasetInfo(
-            model_name=config.model_name,
-            dataset=config.dataset_path,
+        return {"dtype": config.activation_dtype, "shard_tokens": config.chunk_token_threshold, "seed": config.seed}
+
+    def _info(self, split: Split, adapter: ModelAdapter) -> DatasetInfo:
+        return DatasetInfo(
+            model_name=self.config.model_name,
+            dataset=self.config.dataset_path,
             split=split,
             num_layers=adapter.n_layers,
             d_model=adapter.d_model,
             hookpoints=adapter.hookpoints,
             provenance=self._provenance(adapter),
-        )
-        return ActivationWriter(
-            folder,
-            info,
-            dtype=config.activation_dtype,
-            shard_tokens=config.chunk_token_threshold,
-            seed=config.seed,
-            codec=self._codec,
-            resume=True,
-            on_shard=publisher.shard if publisher else None,
         )
 
     def _options(self) -> dict[str, Any]:
@@ -238,15 +260,19 @@ class ActivationGenerator:
         left = self._budgets()
         # The writer shuffles, measures and saves a batch while the host is at the next one.
         with (
-            progress_bar(self.config.target_total_tokens, "capture", "tokens") as bar,
+            progress_bar(
+                self.config.target_total_tokens, "capture", "tokens", hidden=not self._share.mesh.is_main
+            ) as bar,
             Background() as background,
         ):
             for rows in self._batches(adapter):
-                if left[rows.split] == 0:
+                is_ours = self._share.owns(rows.mark)
+                # How many tokens another rank's batch has matters only where their number is limited.
+                if left[rows.split] == 0 or not (is_ours or self.config.target_total_tokens):
                     continue
                 inputs = rows.prepare(adapter)
                 n_tokens = min(self._count(inputs), left[rows.split])
-                writer = writers.get(rows.split)
+                writer = writers.get(rows.split) if is_ours else None
                 if writer is not None and rows.mark >= writer.resume_mark and n_tokens > 0:
                     background.do(writer.append, self._capture(adapter, inputs, rows, n_tokens), mark=rows.mark)
                 left[rows.split] -= n_tokens
@@ -276,7 +302,7 @@ class ActivationGenerator:
 
     def _require_tokens(self, writers: dict[Split, ActivationWriter]) -> None:
         for split, writer in writers.items():
-            if writer.total_tokens == 0:
+            if self._share.count(writer.total_tokens) == 0:
                 raise DatasetError(
                     f"The corpus {self.config.dataset_path} gave no tokens for {split}: it is too small for "
                     f"held_out_fraction = {self.config.held_out_fraction}.\n"

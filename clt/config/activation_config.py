@@ -90,6 +90,8 @@ class ActivationConfig(Config):
     """Arguments of nnsight's `invoke`, as a JSON object; only with --backend nnsight."""
     device: str | None = None
     """Torch device of the host; None: a GPU if there is one."""
+    device_map: str | None = None
+    """Spread one host over the GPUs of its machine (`auto`, needs accelerate); start one process per machine then."""
 
     def __post_init__(self) -> None:
         owner = "ActivationConfig"
@@ -106,6 +108,11 @@ class ActivationConfig(Config):
             raise ConfigError(
                 f"{owner}.remote_server_url is not set, but delete_after_upload = {self.delete_after_upload} and "
                 f"storage_type = {self.storage_type!r} ask for an upload. Give --remote-server-url."
+            )
+        if self.device is not None and self.device_map is not None:
+            raise ConfigError(
+                f"{owner}.device_map = {self.device_map!r} spreads the host over several devices; it does not go with "
+                f"device = {self.device!r}. Give one of the two."
             )
         _ = self.nnsight_tracer_kwargs, self.nnsight_invoker_args
         if not 0 <= self.held_out_fraction < 1:

@@ -48,6 +48,12 @@ class QuantisationError:
         cosine = torch.cosine_similarity(exact, stored, dim=-1)
         self._sums["cosine"] += torch.where(exact.any(dim=-1), cosine, 1.0).sum(dim=0)
 
+    def merge(self, other: "QuantisationError") -> None:
+        """Add everything that another one has seen."""
+        self._tokens += other._tokens
+        for name, values in other._sums.items():
+            self._sums[name] += values
+
     def state(self) -> dict[str, Any]:
         """What the constructor needs to go on."""
         return {"tokens": self._tokens, **{name: value.tolist() for name, value in self._sums.items()}}

@@ -46,10 +46,16 @@ class RunningStatistics:
 
     def update(self, rows: Float[Tensor, "token side layer d_model"]) -> None:
         """Add some rows."""
-        n_new = rows.shape[0]
         values = rows.to(torch.float64)
         mean = values.mean(dim=0)
-        deviation = values.sub_(mean).square_().sum(dim=0)
+        self._add(rows.shape[0], mean, values.sub_(mean).square_().sum(dim=0))
+
+    def merge(self, other: "RunningStatistics") -> None:
+        """Add everything that another one has seen."""
+        if other.count:
+            self._add(other.count, other.mean, other.deviation)
+
+    def _add(self, n_new: int, mean: Tensor, deviation: Tensor) -> None:
         total = self.count + n_new
         shift = mean - self.mean
         self.deviation += deviation + shift.square() * (self.count * n_new / total)

@@ -53,6 +53,8 @@ class ActivationWriter:
         codec: the format of the files.
         resume: go on with an unfinished folder instead of starting it anew.
         on_shard: called with each shard once it is finished and will not be written again.
+        part: number of this part of a data set that several writers share; another order of the rows in each. Such a
+            folder ends with `finish_part`, see clt/data/parts.py.
 
     Raises:
         DatasetError: the folder is finished, was begun with other arguments, or the disk is full.
@@ -69,7 +71,9 @@ class ActivationWriter:
         codec: Codec | None = None,
         resume: bool = False,
         on_shard: Callable[[ShardRecord], None] | None = None,
+        part: int | None = None,
     ) -> None:
+        self._part = part
         self.codec = codec or Codec()
         _check_dtype(dtype, self.codec)
         self.folder = Path(folder)
@@ -148,6 +152,11 @@ class ActivationWriter:
         self._metadata().write(self.folder)
         (self.folder / PROGRESS_FILE).unlink(missing_ok=True)
 
+    def finish_part(self) -> None:
+        """Finish the last shard and keep the state beside the shards; the parts' states then make one data set."""
+        if self._file is not None:
+            self._finish_shard(self._next_mark, 0)
+
     def abandon(self) -> None:
         """Leave the folder unfinished: finished shards stay for a later writer, the present one is dropped."""
         if self._file is not None:
@@ -161,8 +170,10 @@ class ActivationWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
+        if kind is None and self._part is None:
             self.close()
+        elif kind is None:
+            self.finish_part()
         else:
             self.abandon()
 
@@ -212,7 +223,8 @@ class ActivationWriter:
         if self._file is None:
             number = len(self._progress.shards)
             path = self.folder / f".shard_{number:05d}.tmp"
-            self._file = RowFileWriter(path, self.layout, self.shard_tokens, (self.seed, number))
+            order = (self.seed, number) if self._part is None else (self.seed, self._part, number)
+            self._file = RowFileWriter(path, self.layout, self.shard_tokens, order)
         return self._file
 
     def _put(self, file: RowFileWriter, rows: Float[Tensor, "token side layer d_model"], columns: Columns) -> None:

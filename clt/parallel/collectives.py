@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -129,6 +129,15 @@ class Group:
             dist.all_gather_object(values, value, group=self._group)
         return values
 
+    def bring(self, value: _Any, purpose: str) -> list[_Any]:
+        """Everybody's Python value, by rank, at the group's first rank; nothing at the others."""
+        if self.is_alone:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        with self._guards(purpose):
+            dist.gather_object(value, values, self.ranks[0], group=self._group)
+        return values or []
+
     def any(self, flag: bool, purpose: str, device: torch.device | str = "cpu") -> bool:
         """Whether it is true of one rank at least; the same answer everywhere."""
         if self.is_alone:
@@ -165,6 +174,18 @@ class Group:
 
     def _others(self) -> str:
         return "rank " + ", ".join(str(rank) for place, rank in enumerate(self.ranks) if place != self.rank)
+
+
+def first_difference(
+    group: Group, values: Mapping[str, Any], purpose: str
+) -> tuple[int, dict[str, tuple[Any, Any]]] | None:
+    """The first rank whose values are not rank 0's, and by name what rank 0 has and what it has; None: all agree."""
+    first, *others = group.collect(dict(values), purpose)
+    for rank, other in enumerate(others, start=1):
+        if other != first:
+            names = [*first, *(name for name in other if name not in first)]
+            return rank, {n: (first.get(n), other.get(n)) for n in names if first.get(n) != other.get(n)}
+    return None
 
 
 def agreed(group: Group, work: Callable[[], _Any], purpose: str) -> _Any:

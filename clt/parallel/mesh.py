@@ -24,6 +24,9 @@ from clt.types import choose_device
 
 # Longest wait for a peer, unless the caller says otherwise: a step is far shorter, a checkpoint seldom longer.
 TIMEOUT_SECONDS = 600.0
+PATIENCE_SECONDS = 7 * 24 * 3600.0
+"""For work whose ranks meet seldom, and where one that goes on after a kill may come hours after the others. torchrun
+ends all of them when one dies, so nobody waits for the dead."""
 _LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -79,6 +82,13 @@ class Mesh:
 def is_launched() -> bool:
     """Whether torchrun (or something that sets the same variables) started this process as one of several ranks."""
     return all(name in os.environ for name in _LAUNCHED) and int(os.environ["WORLD_SIZE"]) > 1
+
+
+def own_device(mesh: Mesh, device: str | None) -> str | None:
+    """Where a rank that talks over the network computes: the GPUs of its machine in turn, unless a device is given."""
+    if device is None and not mesh.is_alone and torch.cuda.is_available():
+        return f"cuda:{mesh.local_rank % torch.cuda.device_count()}"
+    return device
 
 
 def mesh_of_one(device: torch.device | str | None = None) -> Mesh:

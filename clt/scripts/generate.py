@@ -2,14 +2,17 @@
 
 clt generate --model gpt2 --dataset monology/pile-uncopyrighted --target-total-tokens 2000000
 clt generate --model world:shapes --dataset world:shapes
+torchrun --nproc-per-node 8 -m clt generate ...     the same data set by 8 processes (docs/parallel.md)
 """
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from clt.activation_generation import ActivationGenerator
 from clt.config import ActivationConfig
 from clt.data.metadata import metadata_from_json, read_json
+from clt.parallel.mesh import PATIENCE_SECONDS, open_mesh
 
 Options = ActivationConfig
 
@@ -33,17 +36,29 @@ def plan(options: ActivationConfig) -> dict[str, Any]:
     }
 
 
-def main(options: ActivationConfig) -> dict[str, Any]:
-    """Write the data set, or say that it is already there; gives tokens and folder of each split."""
+def main(options: ActivationConfig) -> dict[str, Any] | None:
+    """Write the data set, or say that it is there already; gives tokens and folder of each split (on rank 0)."""
+    # Ranks exchange a few words only, so they talk over the network even where hosts are on GPUs.
+    with open_mesh(device="cpu", timeout_seconds=PATIENCE_SECONDS) as mesh:
+        generator = ActivationGenerator(options, mesh=mesh)
+        if mesh.is_main:
+            _notes(options)
+        was_finished = generator.is_finished
+        folder = generator.run()
+        return _report(generator, folder, was_finished) if mesh.is_main else None
+
+
+def _notes(options: ActivationConfig) -> None:
+    """Say which of the given flags do nothing."""
     for name, (value, flag, why) in _DEAD.items():
         if getattr(options, name) == value:
             sys.stderr.write(f"note: {flag} has no effect: {why}.\n")
     for side in ("tracer-kwargs", "invoker-args"):
         if options.backend == "hooks" and getattr(options, f"nnsight_{side.replace('-', '_')}"):
             sys.stderr.write(f"note: --nnsight-{side}-json has no effect: give --backend nnsight to use nnsight.\n")
-    generator = ActivationGenerator(options)
-    was_finished = generator.is_finished
-    folder = generator.run()
+
+
+def _report(generator: ActivationGenerator, folder: Path, was_finished: bool) -> dict[str, Any]:
     if was_finished:
         print(f"{folder} is already finished with these options; nothing to do.")
     result: dict[str, Any] = {}

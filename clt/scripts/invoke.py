@@ -110,7 +110,8 @@ def _print_result(module: Any, name: str, options: Any) -> None:
         raise ConfigError(f"`clt {name}` has no result to print as JSON; it says on the screen what it did.")
     with contextlib.redirect_stdout(sys.stderr):
         result = module.main(options)
-    sys.stdout.write(json.dumps(result, indent=2, default=str) + "\n")
+    if result is not None:  # of several ranks, the first has it
+        sys.stdout.write(json.dumps(result, indent=2, default=str) + "\n")
 
 
 def _print_plan(module: Any, name: str, options: Any, as_json: bool) -> None:
