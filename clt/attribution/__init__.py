@@ -6,7 +6,7 @@ graph.save("graphs/france")                # graph.json + graph.safetensors, doc
 AttributionGraph.load("graphs/france")
 """
 
-from clt.attribution.attribute import attribute, attribution_plan, run_attribution
+from clt.attribution.attribute import attribute, attribute_on, attribution_plan, run_attribution
 from clt.attribution.circuit_tracer_json import write_circuit_tracer_json
 from clt.attribution.circuit_tracer_pt import read_circuit_tracer_pt, write_circuit_tracer_pt
 from clt.attribution.circuit_tracer_read import read_circuit_tracer_json
@@ -26,6 +26,7 @@ __all__ = [
     "Plan",
     "PrunedGraph",
     "attribute",
+    "attribute_on",
     "attribution_plan",
     "read_circuit_tracer_json",
     "read_circuit_tracer_pt",

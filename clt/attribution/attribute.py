@@ -4,8 +4,9 @@
     pass 2  the linearised host on copies of the prompt, with gradient
     rows    targets first, then features, the most influential on the targets next, until there are enough
 
-Rows go to disk as they come. At the end the features without a row become part of their layer's error, and every row
-is checked: its entries must add up to what it explains.
+Several ranks (`attribute_on`) compute batches of rows in turn; the first keeps and ranks them, so that the graph is
+that of one rank. Rows go to disk as they come. At the end the features without a row become part of their layer's
+error, and every row is checked: its entries must add up to what it explains.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ from clt.lm import HostInputs
 from clt.lm.linear import LinearHost
 from clt.lm.linear_constants import not_linear
 from clt.models import CrossLayerTranscoder
+from clt.parallel.collectives import Group, first_difference
+from clt.parallel.mesh import Mesh, mesh_of_one
 from clt.progress import progress_bar
 from clt.replacement import ReplacementModel
 from clt.types import Sample
@@ -95,6 +98,34 @@ def attribute(
         HostModelError: the host cannot be linearised.
         ConfigError: an option is out of range, or the transcoder is of a kind without decoders.
     """
+    given: dict[str, Any] = {"targets": targets, "work_dir": work_dir, "progress": progress, "slug": slug, "scan": scan}
+    graph = attribute_on(mesh_of_one("cpu"), model, prompt, **given, **options)
+    assert graph is not None
+    return graph
+
+
+def attribute_on(
+    mesh: Mesh,
+    model: ReplacementModel,
+    prompt: Prompt,
+    *,
+    targets: Sequence[TargetChoice] | None = None,
+    work_dir: str | Path | None = None,
+    progress: bool = False,
+    slug: str | None = None,
+    scan: str | None = None,
+    **options: Any,
+) -> AttributionGraph | None:
+    """`attribute` by all ranks of a mesh, each with its own copy of the host.
+
+    Returns the graph on the first rank, None on the others.
+
+    Args:
+        mesh: every rank calls this with the same arguments.
+
+    Raises:
+        GraphError: ranks see different activations; else as `attribute`.
+    """
     chosen = AttributionOptions(**options)
     inputs = prepare_prompt(model.adapter, prompt)
     positions = describe_positions(model.adapter, inputs, prompt)
@@ -104,9 +135,18 @@ def attribute(
     if chosen.group_patches is not None:
         positions = with_groups(positions, setting.linear.embeddings, chosen.group_patches)
     made_of = {**info, "prompt": inputs.input_ids.tolist(), "data": _digest(setting)}
+    if (found := first_difference(mesh.world, made_of, "what all ranks are to explain")) is not None:
+        raise GraphError(
+            f"Rank {found[0]} is to explain something else than rank 0: {', '.join(found[1])} differ. All ranks need "
+            "the same command line, and machines that compute the same numbers."
+        )
+    batch = info["options"]["batch_size"]
+    if not mesh.is_main:
+        compute_rows(None, setting, chosen, batch, False, mesh.world)
+        return None
     with _folder(work_dir) as folder:
         store = RowStore(folder, made_of, setting.sources.n_columns)
-        compute_rows(store, setting, chosen, info["options"]["batch_size"], progress)
+        compute_rows(store, setting, chosen, batch, progress, mesh.world)
         text, images = _text(model, prompt, inputs), images_of(prompt)
         graph = assemble(store, setting.sources, setting.targets.nodes, positions, text, chosen, info, images)
     _check_closed(graph, model)
@@ -141,27 +181,55 @@ def run_attribution(
     )
 
 
-def compute_rows(store: RowStore, setting: Setting, options: AttributionOptions, batch: int, progress: bool) -> None:
-    """All rows that are not there yet, targets first."""
-    active, n_targets = len(setting.active), len(setting.targets.nodes)
-    wanted = active if options.max_feature_nodes is None else min(active, options.max_feature_nodes)
+def compute_rows(
+    store: RowStore | None,
+    setting: Setting,
+    options: AttributionOptions,
+    batch: int,
+    progress: bool,
+    group: Group | None = None,
+) -> None:
+    """All rows that are not there yet, targets first.
+
+    Args:
+        store: of the group's first rank, which says what comes next; None: of the others.
+        group: the ranks that share the work; None: this process alone.
+    """
+    group = mesh_of_one("cpu").world if group is None else group
+    backward = Backward(setting.linear, setting.transcoder, setting.sources, batch)
+    queues = iter(()) if store is None else _queues(store, setting, options, batch)
+    total = _n_wanted(setting, options) + len(setting.targets.nodes)
+    done_before = 0 if store is None else len(store.row_ids)
+    with progress_bar(total, "rows", "rows", initial=done_before, hidden=not progress) as bar:
+        while queue := group.tell(next(queues, []), "the next rows"):
+            for start in range(0, len(queue), batch * group.size):
+                here = start + group.rank * batch
+                computed = group.bring(_compute(setting, backward, queue[here : here + batch]), "rows")
+                for each in computed:
+                    if store is not None and each is not None:
+                        store.append(*each)
+                        bar.update(len(each[0]))
+
+
+def _n_wanted(setting: Setting, options: AttributionOptions) -> int:
+    """Features that get a row."""
+    active = len(setting.active)
+    return active if options.max_feature_nodes is None else min(active, options.max_feature_nodes)
+
+
+def _queues(store: RowStore, setting: Setting, options: AttributionOptions, batch: int) -> Iterator[list[int]]:
+    """What to compute next: the targets, then features as the rows so far rank them."""
+    n_targets, wanted = len(setting.targets.nodes), _n_wanted(setting, options)
     first_target = setting.sources.n_columns + 1
     weights = {first_target + k: node.probability for k, node in enumerate(setting.targets.nodes)}
-    backward = Backward(setting.linear, setting.transcoder, setting.sources, batch)
-    done_before = len(store.row_ids)
-    with progress_bar(wanted + n_targets, "rows", "rows", initial=done_before, hidden=not progress) as bar:
-        for start in range(0, n_targets, batch):
-            ids = [first_target + k for k in range(start, min(start + batch, n_targets))]
-            _append(store, setting, backward, [row for row in ids if row not in store.row_ids])
-            bar.update(len(ids))
-        while (done := len(store.row_ids) - n_targets) < wanted:
-            queue = store.queue() or _next_features(store, setting, weights, wanted - done, options, batch, wanted)
-            # A batch of one layer goes back no further than it must.
-            queue = sorted(queue)
-            store.save_queue(queue)
-            for start in range(0, len(queue), batch):
-                _append(store, setting, backward, queue[start : start + batch])
-                bar.update(len(queue[start : start + batch]))
+    if missing := sorted(set(weights) - set(store.row_ids)):
+        yield missing
+    while (done := len(store.row_ids) - n_targets) < wanted:
+        queue = store.queue() or _next_features(store, setting, weights, wanted - done, options, batch, wanted)
+        # A batch of one layer goes back no further than it must.
+        queue = sorted(queue)
+        store.save_queue(queue)
+        yield queue
 
 
 def _next_features(
@@ -184,10 +252,10 @@ def _next_features(
     return ranked[~visited[ranked]][: min(options.update_interval * batch, missing)].tolist()
 
 
-def _append(store: RowStore, setting: Setting, backward: Backward, ids: Sequence[int]) -> None:
-    """Compute one batch of rows and write it."""
+def _compute(setting: Setting, backward: Backward, ids: Sequence[int]) -> Any:
+    """One batch of rows as `RowStore.append` takes them; None for no rows."""
     if not ids:
-        return
+        return None
     reads, constant = _reads(setting, ids)
     rows = backward.rows(reads)
     seen = reads.vector.double()
@@ -196,7 +264,7 @@ def _append(store: RowStore, setting: Setting, backward: Backward, ids: Sequence
     values = (seen * everything).sum(1) + constant
     bias = (seen * setting.constants[where].double()).sum(1) + constant
     with_bias = torch.cat([rows, bias[:, None].float()], 1).cpu()
-    store.append(list(ids), reads.layer.tolist(), values.tolist(), with_bias)
+    return list(ids), reads.layer.tolist(), values.tolist(), with_bias
 
 
 def _reads(setting: Setting, ids: Sequence[int]) -> tuple[Reads, Tensor]:

@@ -3,6 +3,7 @@
 clt attribute --model gpt2 --transcoder runs/gpt2 --prompt "The capital of France is"
 clt attribute --world two-hop
 clt attribute --model llava --transcoder runs/llava --image cat.jpg --prompt "USER: <image> What is it? ASSISTANT:"
+torchrun --nproc-per-node 4 -m clt attribute ...     the same graph by 4 processes (docs/parallel.md)
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from clt.attribution import AttributionGraph, AttributionOptions, Contrast, Plan, attribute, attribution_plan
+from clt.attribution import AttributionGraph, AttributionOptions, Contrast, Plan, attribute_on, attribution_plan
 from clt.attribution.circuit_tracer_json import write_circuit_tracer_json
 from clt.attribution.circuit_tracer_pt import write_circuit_tracer_pt
 from clt.attribution.prompt import token_text
 from clt.attribution.prune import PrunedGraph
 from clt.attribution.targets import TargetChoice
 from clt.errors import ConfigError
+from clt.parallel.mesh import PATIENCE_SECONDS, Mesh, open_mesh, own_device
 from clt.replacement import ReplacementModel
 from clt.scripts.plans import record_options, transcoder_line
 from clt.types import Sample
@@ -112,20 +114,30 @@ def plan(options: Options) -> dict[str, Any]:
 
 def main(options: Options) -> None:
     """Compute, check, save, print."""
-    model, prompt, scan = open_all(options)
-    if options.plan:
-        show_plan(attribution_plan(model, prompt, targets=options.targets, **options.attribution), options.json)
-        return
-    graph = attribute(
-        model,
-        prompt,
-        targets=options.targets,
-        work_dir=options.work_dir,
-        progress=not options.json,
-        slug=options.slug,
-        scan=scan,
-        **options.attribution,
-    )
+    # Ranks exchange rows through the machine's memory and network, even where hosts are on GPUs.
+    with open_mesh(device="cpu", timeout_seconds=PATIENCE_SECONDS) as mesh:
+        model, prompt, scan = open_all(options, mesh)
+        if options.plan:
+            if mesh.is_main:
+                show_plan(attribution_plan(model, prompt, targets=options.targets, **options.attribution), options.json)
+            return
+        graph = attribute_on(
+            mesh,
+            model,
+            prompt,
+            targets=options.targets,
+            work_dir=options.work_dir,
+            progress=not options.json,
+            slug=options.slug,
+            scan=scan,
+            **options.attribution,
+        )
+        if graph is not None:
+            write_and_report(options, graph, model)
+
+
+def write_and_report(options: Options, graph: AttributionGraph, model: ReplacementModel) -> None:
+    """Save the graph in every form asked for, and print."""
     folder = options.out or Path("graphs") / str(graph.info["slug"])
     graph.save(folder)
     record_options(folder, options)
@@ -162,7 +174,7 @@ def show_plan(plan: Plan, as_json: bool) -> None:
     )
 
 
-def open_all(options: Options) -> tuple[ReplacementModel, str | Sample, str]:
+def open_all(options: Options, mesh: Mesh) -> tuple[ReplacementModel, str | Sample, str]:
     """Host with transcoder, prompt, and what to call the transcoder."""
     if options.world is not None:
         from clt.attribution.faithfulness.models import world_model, world_prompt
@@ -171,7 +183,9 @@ def open_all(options: Options) -> tuple[ReplacementModel, str | Sample, str]:
         chosen = options.prompt or world_prompt(options.world)
         return model, _prompt(chosen, options.image), f"world:{options.world}"
     transcoder = str(options.transcoder)
-    model = ReplacementModel.from_pretrained(str(options.model), transcoder, dtype=options.dtype, device=options.device)
+    model = ReplacementModel.from_pretrained(
+        str(options.model), transcoder, dtype=options.dtype, device=own_device(mesh, options.device)
+    )
     scan = options.scan or str(Path(transcoder).resolve())
     return model, _prompt(str(options.prompt), options.image), scan
 
