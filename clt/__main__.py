@@ -35,6 +35,7 @@ COMMANDS = {
         "apply-neurons": "Fold a neuron patch into a plain host and save it.",
     },
     "Transcoders": {
+        "plan": "On paper: memory and time of a training run on some devices, and whether it fits.",
         "train": "Train a cross-layer transcoder on captured activations.",
         "sweep": "Train several configurations on one pass over the data; draw EV over L0.",
         "evaluate": "Error, explained variance, L0 and dead features on held-out activations.",

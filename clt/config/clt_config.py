@@ -27,7 +27,7 @@ _UNUSED_THERE = ("tl_input_template", "tl_output_template", "topk_straight_throu
 class CLTConfig(Config):
     """Shape and non-linearity of a transcoder."""
 
-    num_features: int
+    num_features: Annotated[int, tyro.conf.arg(aliases=("--features",))]
     """Features per layer."""
     num_layers: Annotated[int, tyro.conf.Suppress]
     """Layers of the host that are read and written."""

@@ -19,7 +19,7 @@ from clt.training.dead_terms import DeadTerms
 from clt.training.gradients import add
 from clt.training.keeping import keep
 from clt.training.losses import Losses, LossManager
-from clt.training.routes import Route
+from clt.training.route_options import Route
 from clt.training.schedules import k_factor, sparsity_weight
 from clt.training.sources import EntrySource, GateSource, KeptMatrix, Source, Work
 from clt.types import ActivationBatch

@@ -11,44 +11,16 @@ switching down and switching back, so that noise does not make it go to and fro.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 
 from clt.config import CLTConfig, TrainingConfig
 from clt.models.kernels.build import library
+from clt.training.route_options import BREAK_EVEN, BREAK_EVEN_CUDA, Route, chooses_k, first_route
 
-Route = Literal["dense", "mixed", "sparse"]
-
-# Below this density gathers are faster than products (docs/performance.md has the measurements): a property of what
-# does the gathering and of how fast products are.
-_BREAK_EVEN = {"compiled": {"fp32": 0.08, "bf16": 0.04}, "torch": {"fp32": 0.04, "bf16": 0.02}}
-_BREAK_EVEN_CUDA = 0.005
 # Back to products only above this many times the break-even.
 _MARGIN = 1.5
 # What a GPU is asked for only now and then, since asking waits for it.
 _CUDA_INTERVAL = 16
-
-
-def why_plain(clt: CLTConfig, training: TrainingConfig) -> str | None:
-    """Which option the hand-written step does not know, as `field = value`; None: it knows them all."""
-    odd = {
-        "decoder_tying": clt.decoder_tying != "none",
-        "decoder_rank": clt.decoder_rank is not None,
-        "enable_feature_offset": clt.enable_feature_offset,
-        "enable_feature_scale": clt.enable_feature_scale,
-        "skip_connection": clt.skip_connection != "none",
-        "precision": training.precision == "fp16",
-        "sparsity_span_penalty": training.sparsity_span_penalty > 0,
-        "torch_compile": training.torch_compile,
-        "debug_anomaly": training.debug_anomaly,
-        "clt_dtype": clt.clt_dtype not in (None, "float32"),
-        "preactivation_form": training.preactivation_form == "negative" and clt.activation_fn in ("topk", "batchtopk"),
-    }
-    for name, is_odd in odd.items():
-        if is_odd:
-            return f"{name} = {getattr(clt if hasattr(clt, name) else training, name)!r}"
-    return None
 
 
 class RouteChooser:
@@ -57,29 +29,16 @@ class RouteChooser:
     def __init__(self, clt: CLTConfig, training: TrainingConfig, device: torch.device) -> None:
         self._clt, self._training = clt, training
         self._interval = 1 if device.type == "cpu" else _CUDA_INTERVAL
-        self._low = _BREAK_EVEN_CUDA
+        self._low = BREAK_EVEN_CUDA
         if device.type == "cpu":
             kernels = "torch" if library() is None else "compiled"
-            self._low = _BREAK_EVEN[kernels]["bf16" if training.precision == "bf16" else "fp32"]
-        self.route: Route = self._first()
+            self._low = BREAK_EVEN[kernels]["bf16" if training.precision == "bf16" else "fp32"]
+        self.route: Route = first_route(clt, training, self._low)
 
     @property
     def chooses_k(self) -> bool:
         """Whether the number of kept features is given."""
-        return self._clt.activation_fn in ("topk", "batchtopk")
-
-    def _first(self) -> Route:
-        if self._training.route in ("dense", "sparse"):
-            return self._training.route  # pyright: ignore[reportReturnType]
-        return (
-            "sparse" if self.chooses_k and self._share_kept() * self._training.k_anneal_start < self._low else "dense"
-        )
-
-    def _share_kept(self) -> float:
-        clt = self._clt
-        is_global = (clt.topk_mode if clt.activation_fn == "topk" else clt.batchtopk_mode) == "global"
-        k = clt.topk_count if clt.activation_fn == "topk" else clt.batchtopk_k or 0
-        return k / (clt.num_features * (clt.num_layers if is_global else 1))
+        return chooses_k(self._clt)
 
     def wants_density(self, step: int) -> bool:
         """Whether `observe` is to be called after this step."""

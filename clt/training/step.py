@@ -19,7 +19,8 @@ from clt.training.explicit import ExplicitPass
 from clt.training.gradients import forget, put_aside
 from clt.training.losses import Losses, LossManager
 from clt.training.optim import build_optimizer, clip_gradients, require_streaming, set_learning_rate
-from clt.training.routes import RouteChooser, why_plain
+from clt.training.route_options import why_plain
+from clt.training.routes import RouteChooser
 from clt.training.schedules import default_learning_rate, k_factor, learning_rate_factor
 from clt.types import ActivationBatch
 
