@@ -13,6 +13,7 @@ from torch import Tensor
 from clt.errors import DatasetError
 from clt.models import CrossLayerTranscoder
 from clt.training.by_distance import DistanceErrors
+from clt.training.memory import EVALUATION_TOKENS
 from clt.types import ActivationBatch, TokenKind
 
 
@@ -113,7 +114,11 @@ class CLTEvaluator:
 
     @torch.no_grad()
     def add(self, batch: ActivationBatch) -> None:
-        """Count one batch."""
+        """Count one batch, some tokens at a time, since activations of all layers are matrices here."""
+        for part in torch.arange(batch.n_tokens).split(EVALUATION_TOKENS):
+            self._add(batch if len(part) == batch.n_tokens else batch.select(part))
+
+    def _add(self, batch: ActivationBatch) -> None:
         batch = batch.to(self.device)
         features = self.model.encode(batch.inputs)
         prediction = self.model.decode(features, batch.inputs)
