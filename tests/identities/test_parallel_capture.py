@@ -206,3 +206,31 @@ def test_ranks_with_other_options_are_refused_by_name(context, tmp_path, text):
     assert 0 not in run_ranks(context, 2, capture, config_of(text, "x"), "llama", spoil, log=tmp_path / "log")
     assert "context_size: 16 on rank 0, 8 there" in printed(tmp_path / "log", 1)
     assert not (tmp_path / "x").exists()
+
+
+def test_a_rank_whose_disk_is_full_says_so_and_the_run_goes_on_later(context, tmp_path, text):
+    whole, parts = config_of(text, "whole"), config_of(text, "parts")
+    assert run_ranks(context, 2, capture, whole, log=tmp_path / "log") == [0, 0]
+    assert 0 not in run_ranks(context, 2, capture_on_a_small_disk, parts, log=tmp_path / "log")
+    assert "has no room" in printed(tmp_path / "log", 1)
+    assert run_ranks(context, 2, capture, parts, log=tmp_path / "log") == [0, 0]
+    assert files_of(tmp_path / "parts") == files_of(tmp_path / "whole")
+
+
+def capture_on_a_small_disk(config):
+    """Capture, with room for two shards where rank 1 writes."""
+    import errno
+    import os
+
+    from clt.data.rows import RowFileWriter
+
+    finish, count = RowFileWriter.finish, [0]
+
+    def finish_if_there_is_room(self):
+        count[0] += 1
+        if os.environ["RANK"] == "1" and count[0] > 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        finish(self)
+
+    RowFileWriter.finish = finish_if_there_is_room
+    capture(config)
