@@ -197,7 +197,7 @@ def compute_rows(
     """
     group = mesh_of_one("cpu").world if group is None else group
     backward = Backward(setting.linear, setting.transcoder, setting.sources, batch)
-    queues = iter(()) if store is None else _queues(store, setting, options, batch)
+    queues: Iterator[list[int]] = iter(()) if store is None else _queues(store, setting, options, batch)
     total = _n_wanted(setting, options) + len(setting.targets.nodes)
     done_before = 0 if store is None else len(store.row_ids)
     with progress_bar(total, "rows", "rows", initial=done_before, hidden=not progress) as bar:
