@@ -151,12 +151,12 @@ def main() -> None:
     """Run one of the two and print a line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, default=TOKENS)
-    parser.add_argument("--nodes", type=int, default=256, help="features with a row of their own, of a long prompt")
+    parser.add_argument("--nodes", type=int, default=128, help="features with a row of their own, of a long prompt")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model, inputs = build(options.tokens)
-    start = time.process_time()
+    begun, start = time.perf_counter(), time.process_time()
     with torch.no_grad():
         setting = _setting(model, inputs, None, AttributionOptions())
     prepared = time.process_time() - start
@@ -173,6 +173,7 @@ def main() -> None:
                 "active_features": len(setting.active),
                 "prepare_seconds": prepared,
                 **result,
+                "wall_seconds": time.perf_counter() - begun,
                 "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
                 "threads": options.threads,
                 "torch": torch.__version__,

@@ -16,7 +16,7 @@ class AttributionOptions(Config):
     max_feature_nodes: int | None = 7500
     """Features with a row of their own, the most influential ones; None: all that fire."""
     batch_size: int | None = None
-    """Rows per backward pass; None: as many as keep a pass near 1 GB."""
+    """Rows per backward pass; None: as many as keep a pass within 2 GB."""
     unselected: Literal["error", "drop"] = "error"
     """What becomes of the other features' effects: part of their layer's error, or (as in circuit-tracer) dropped."""
     ignored_positions: int = 1

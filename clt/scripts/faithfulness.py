@@ -12,7 +12,7 @@ from typing import Any
 
 from clt import worlds
 from clt.attribution.faithfulness.boolean import measure_boolean
-from clt.attribution.faithfulness.effects import measure_effects
+from clt.attribution.faithfulness.effects import MEASURES, measure_effects
 from clt.attribution.faithfulness.middle_hop import measure_middle_hop
 from clt.attribution.faithfulness.models import WINDOWS, world_model
 from clt.config.base import Config, require_positive, write_text_atomically
@@ -65,7 +65,7 @@ def sections(result: dict[str, Any]) -> list[tuple[str, str, list[str], list[lis
     """Title, explanation, columns and rows of each table."""
     kinds = list(result["two_hop"])
     hop, effects, boolean = result["two_hop"], result["effects"], result["boolean"]
-    distances = [row["distance"] for row in effects[kinds[0]]["by_distance"]]
+    rows = [(measure, row["distance"]) for measure in MEASURES for row in effects[kinds[0]]["by_distance"][measure]]
     return [
         (
             "Two-hop world: the middle hop",
@@ -80,12 +80,13 @@ def sections(result: dict[str, Any]) -> list[tuple[str, str, list[str], list[lis
             [[name, *(shown(boolean[kind][name]) for kind in boolean)] for name in boolean["neurons"]],
         ),
         (
-            "Perturbation: predicted against real change of later MLP outputs",
-            "Features switched off in the host; median of the normalised squared error.",
-            ["layers later", *(f"{kind} {name}" for kind in kinds for name in ("cosine", "nmse"))],
+            "Perturbation: predicted against real change in later layers",
+            "Features switched off in the host; nmse is a median. read: of what the layer reads; "
+            "reaction: of what its MLP writes, the feature's own writing left out; held: that with attention held.",
+            ["of", "layers later", *(f"{kind} {name}" for kind in kinds for name in ("cosine", "nmse"))],
             [
-                [str(distance), *(_at(effects[kind], distance, name) for kind in kinds for name in _MEASURES)]
-                for distance in distances
+                [name, str(distance), *(_at(effects[kind], name, distance, key) for kind in kinds for key in _KEYS)]
+                for name, distance in rows
             ],
         ),
         (
@@ -97,11 +98,11 @@ def sections(result: dict[str, Any]) -> list[tuple[str, str, list[str], list[lis
     ]
 
 
-_MEASURES = ("cosine", "nmse_median")
+_KEYS = ("cosine", "nmse_median")
 
 
-def _at(effects: dict[str, Any], distance: int, name: str) -> str:
-    return next((shown(row[name]) for row in effects["by_distance"] if row["distance"] == distance), "")
+def _at(effects: dict[str, Any], measure: str, distance: int, key: str) -> str:
+    return next((shown(row[key]) for row in effects["by_distance"][measure] if row["distance"] == distance), "")
 
 
 def shown(value: Any) -> str:

@@ -1,8 +1,10 @@
 """Predicted against real effects of switching features off, in the host itself.
 
-    perturbation   what the MLPs of the layers after a feature do when it is switched off: the change that the local
-                   replacement model predicts against the host's, by distance in layers; what the feature itself wrote
-                   is left out on both sides
+    perturbation   the change that the local replacement model predicts when a feature is switched off against the
+                   host's, by distance in layers:
+                     read       of what a later layer reads, the feature's own writing and all reactions together
+                     reaction   of what a later MLP writes, without what the feature itself wrote there
+                     held       the same, with the host's attention patterns held as the prediction holds them
     ablation       influence of a feature in the graph against how much the logits move without it: rank correlation
 
 Ameisen et al. 2025 report cosines of about 0.8 and normalised errors of about 0.4 one layer later, and a rank
@@ -23,12 +25,14 @@ from clt.attribution.faithfulness.host_runs import Edit, deltas, edited_run, pre
 from clt.replacement import ReplacementModel
 from clt.types import Sample
 
+MEASURES = ("read", "reaction", "held")
+
 
 def measure_effects(
     model: ReplacementModel, samples: Sequence[Sample], *, per_prompt: int = 24, seed: int = 0
 ) -> dict[str, Any]:
     """Both measures over the same random active features of each prompt."""
-    curves: dict[int, list[tuple[float, float]]] = {}
+    curves: dict[str, dict[int, list[tuple[float, float]]]] = {name: {} for name in MEASURES}
     ranks: list[float] = []
     rng = torch.Generator().manual_seed(seed)
     for sample in samples:
@@ -39,9 +43,12 @@ def measure_effects(
         linear = model.adapter.linearised(inputs)
         added = deltas(model, linear.reads, [[], *edits])
         real, logits = edited_run(model, inputs, added)
+        held, _ = edited_run(model, inputs, added, hold_patterns=True)
         predicted = predicted_run(model, linear, added)
         sources = graph.features[chosen, 0].tolist()
-        _add_curves(curves, sources, real[:, 1:] - real[:, :1], predicted[:, 1:] - predicted[:, :1])
+        pairs = (real.reads, predicted.reads), (real.wrote, predicted.wrote), (held.wrote, predicted.wrote)
+        for name, (truth, guess) in zip(MEASURES, pairs, strict=True):
+            _add_curves(curves[name], sources, truth[:, 1:] - truth[:, :1], guess[:, 1:] - guess[:, :1])
         ids = [target.token_id for target in graph.targets]
         centred = logits[:, ids] - logits.mean(1, keepdim=True)
         effect = ((centred[1:] - centred[0]).abs() * graph.target_weights).sum(1)
@@ -49,7 +56,10 @@ def measure_effects(
             ranks.append(spearman(graph.influence[chosen], effect))
     return {
         "n_prompts": len(samples),
-        "by_distance": [_summary(distance, pairs) for distance, pairs in sorted(curves.items())],
+        "by_distance": {
+            name: [_summary(distance, pairs) for distance, pairs in sorted(curve.items())]
+            for name, curve in curves.items()
+        },
         "ablation_spearman": sum(ranks) / len(ranks) if ranks else None,
         "n_ablation_prompts": len(ranks),
     }

@@ -7,6 +7,8 @@ MLP output it writes to; everything else the MLPs do stays theirs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -42,14 +44,31 @@ def deltas(
     return added
 
 
+class Run(NamedTuple):
+    """What MLPs read and wrote, `[layer, row, position, d_model]`; what was added is in what is read only."""
+
+    reads: Tensor
+    wrote: Tensor
+
+
 @torch.no_grad()
 def edited_run(
-    model: ReplacementModel, inputs: HostInputs, added: Float[Tensor, "layer row position d_model"]
-) -> tuple[Float[Tensor, "layer row position d_model"], Float[Tensor, "row vocabulary"]]:
-    """What the host's own MLPs then write (without what was added), and its last logits."""
-    n_rows, wrote = added.shape[1], []
+    model: ReplacementModel,
+    inputs: HostInputs,
+    added: Float[Tensor, "layer row position d_model"],
+    *,
+    hold_patterns: bool = False,
+) -> tuple[Run, Float[Tensor, "row vocabulary"]]:
+    """What the host's own MLPs then do, and its last logits.
+
+    Args:
+        hold_patterns: keep the attention patterns of the unchanged prompt.
+    """
+    n_rows, reads, wrote = added.shape[1], [], []
+    held = model.adapter.patterns_of(inputs) if hold_patterns else nullcontext
 
     def change(layer: int, x: Tensor, y: Tensor) -> Tensor:
+        reads.append(x.view(n_rows, -1, x.shape[-1]).clone())
         wrote.append(y.view(n_rows, -1, y.shape[-1]).clone())
         return y + added[layer].view_as(y).to(y.dtype)
 
@@ -61,9 +80,9 @@ def edited_run(
         answer=inputs.answer.repeat(n_rows, 1),
         sample_ids=inputs.sample_ids * n_rows,
     )
-    with model.adapter.rewriting(change):
+    with model.adapter.rewriting(change), held():
         logits = model.adapter.logits(many)[:, -1]
-    return torch.stack(wrote), logits
+    return Run(torch.stack(reads), torch.stack(wrote)), logits
 
 
 def edited_logits(
@@ -77,17 +96,18 @@ def edited_logits(
 @torch.no_grad()
 def predicted_run(
     model: ReplacementModel, linear: LinearHost, added: Float[Tensor, "layer row position d_model"]
-) -> Float[Tensor, "layer row position d_model"]:
-    """What the local replacement model says the MLPs then write, without what was added.
+) -> Run:
+    """What the local replacement model says the MLPs then do.
 
     Patterns, denominators and errors are held; features are computed anew, layer by layer, and write on.
     """
     transcoder, n_rows = model.transcoder, added.shape[1]
     errors = linear.writes - transcoder.decode(transcoder.encode(linear.reads), linear.reads)
     arriving: dict[int, Tensor] = {}
-    wrote = []
+    reads, wrote = [], []
 
     def write(layer: int, x: Tensor) -> Tensor:
+        reads.append(x)
         flat = x.reshape(-1, x.shape[-1])
         parts = transcoder.contributions(layer, transcoder.encode_layer(layer, flat))
         skips = transcoder.skip(layer, flat)
@@ -101,4 +121,4 @@ def predicted_run(
         return wrote[-1] + added[layer]
 
     linear.run(linear.embeddings.expand(n_rows, -1, -1), write)
-    return torch.stack(wrote)
+    return Run(torch.stack(reads), torch.stack(wrote))
