@@ -179,7 +179,7 @@ def _influence(
     return total
 
 
-def write_examples(folder: Path, features: list[tuple[int, int]], *, with_images: bool = False) -> Path:
+def write_examples(folder: Path, features: list[tuple[int, int]]) -> Path:
     """Feature examples, one JSON file per feature."""
     rng = np.random.default_rng(1)
     folder.mkdir(parents=True, exist_ok=True)

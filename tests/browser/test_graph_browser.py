@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import re
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from clt.attribution.view import FEATURE
 from clt.attribution.view_files import open_view
+from clt.discovery.examples import Shown, TopExamples, feature_json
+from clt.discovery.examples import write_examples as write_collected_examples
+from clt.discovery.features_file import LayerFeatures
 from clt.discovery.labels import LABELS_FILE, FeatureLabel, write_labels
 from clt.serve.graph_library import GraphLibrary
 from clt.serve.graph_server import create_app
 from clt.serve.live_steering import LiveSteering
+from clt.types import FeatureId
 from clt.viz.graph_page import write_graph_page
 from tests.running import running
 from tests.synthetic_graphs import write_examples, write_graph_folder
@@ -32,9 +38,26 @@ def folder(tmp_path_factory):
     nodes = open_view(text).nodes
     pairs = {(int(nodes.layer[node]), int(nodes.feature[node])) for node in range((nodes.kind == FEATURE).sum())}
     write_examples(folder / "features", sorted(pairs))
+    write_collected(folder, "picture")
     label = FeatureLabel(text="explained by a model", source="teacher", detection=0.9, fuzzing=0.8)
     write_labels(folder / "features" / LABELS_FILE, {"1/3": label})
     return folder
+
+
+def write_collected(folder, graph):
+    """Examples of a graph's first feature as the collector writes them: text around an image of 3 x 3 patches."""
+    nodes = open_view(folder / "graphs" / graph).nodes
+    feature = FeatureId(int(nodes.layer[0]), int(nodes.feature[0]))
+    top = TopExamples([feature], per_feature=3)
+    for number in range(3):
+        places = np.array([2, 3, 6, 12]) + number % 2
+        values = np.array([4.0, 2.0, 1.0, 3.0], dtype=np.float32) - number
+        layer = LayerFeatures(np.full(4, feature.feature), places, values, 16, feature.feature + 1)
+        top.add(number, {feature.layer: layer})
+    tokens = ["<s>", *["<image>"] * 9, " Is", " there", " a", " star", "?", " Yes"]
+    shown = Shown("0", tokens, range(1, 10), "star.png", " Yes", None)
+    write_collected_examples(folder / "features", [feature_json(feature, top, lambda number: shown, transcoder_id="x")])
+    Image.radial_gradient("L").convert("RGB").save(folder / "features" / "star.png")
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +178,20 @@ def test_patches_of_an_image_are_shown_with_what_they_do(page, address, screensh
     shoot(page, screenshots, "image")
     patches.nth(7).click()
     page.get_by_test_id("node-name").filter(has_text="patch 2, 3").wait_for()
+
+
+def test_collected_examples_show_heat_in_the_text_and_patches_of_the_image(page, address, folder, screenshots):
+    opened(page, address, "picture")
+    nodes = open_view(folder / "graphs" / "picture").nodes
+    pick(page, nodes.id[0])
+    examples = page.get_by_test_id("examples").locator("li")
+    examples.nth(2).wait_for()
+    assert examples.nth(0).locator("svg rect").count() == 3
+    assert examples.nth(0).locator("svg image").get_attribute("href").startswith("data:image/")
+    heated = [word for word in examples.nth(0).locator("button span").all() if word.get_attribute("style")]
+    assert [word.inner_text().strip() for word in heated] == ["a"]
+    examples.nth(2).scroll_into_view_if_needed()
+    shoot(page, screenshots, "examples")
 
 
 def test_alike_patches_are_one_node_with_all_their_outlines(page, address, screenshots):
