@@ -90,14 +90,14 @@ def steering(rows: Sequence[Mapping[str, Any]], metric: str, higher_is_better: b
     """The change of one metric by every way of steering, with its interval, beside the draws of its controls."""
     labels = [f"{row['where']}: {row['name'].replace('_', ' ')}, dose {row['dose']:g}" for row in rows]
     with mpl.rc_context(_STYLE):
-        figure = _figure(6.4, 0.36 * len(rows) + 1.1)
+        figure = _figure(6.4, 0.36 * len(rows) + 1.3)
         axis = figure.subplots()
         for place, row in enumerate(reversed(rows)):
             _steered(axis, place, row, metric)
         axis.axvline(0, color="black", lw=1)
         axis.set_yticks(range(len(rows)), labels[::-1], fontsize=8)
         side = "right" if higher_is_better else "left"
-        axis.set(xlabel=f"change of {metric.replace('_', ' ')} (better: {side}); grey: matched random features")
+        axis.set(xlabel=f"change of {metric.replace('_', ' ')} (better: {side})\ngrey: matched random features")
         axis.grid(visible=False, axis="y")
     return figure
 
