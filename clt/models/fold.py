@@ -52,7 +52,7 @@ def fold(transcoder: CrossLayerTranscoder) -> CrossLayerTranscoder:
     """
     config = transcoder.config
     by_norm = config.activation_fn in ("topk", "batchtopk") and config.ranking == "norm"
-    if config.normalization_method == "none" and not by_norm:
+    if config.normalization_method == "none" and not by_norm and not _scales(transcoder):
         return copy.deepcopy(transcoder)
     source = untie(transcoder)
     plain = source.config.replace(normalization_method="none", ranking="value" if by_norm else config.ranking)
@@ -66,6 +66,14 @@ def fold(transcoder: CrossLayerTranscoder) -> CrossLayerTranscoder:
     folded.running_threshold.copy_(source.running_threshold)
     folded.target_variance.copy_(source.target_variance)
     return folded
+
+
+def _scales(transcoder: CrossLayerTranscoder) -> bool:
+    """Whether anything is shifted or scaled: the numbers count, not what the configuration calls them."""
+    scales, shifts = ("input_scale", "target_scale"), ("input_shift", "target_shift")
+    return any(bool((getattr(transcoder, name) != 1).any()) for name in scales) or any(
+        bool(getattr(transcoder, name).any()) for name in shifts
+    )
 
 
 def _fold_layer(source: CrossLayerTranscoder, folded: CrossLayerTranscoder, layer: int, unit: torch.Tensor) -> None:

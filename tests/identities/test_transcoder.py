@@ -177,3 +177,14 @@ def test_initial_weights_of_the_first_features_do_not_depend_on_how_many_there_a
     # the bound shrinks with 1/sqrt(F), the direction stays
     torch.testing.assert_close(large.W_enc[1][:256] * 2, small.W_enc[1].data)
     torch.testing.assert_close(large.W_dec[0][:256], small.W_dec[0].data)
+
+
+def test_folding_goes_by_the_numbers_not_by_the_name_of_the_method():
+    model = transcoder_of("relu", normalization_method="none")
+    with torch.no_grad():
+        model.input_scale.mul_(2.0)
+        model.target_shift.add_(1.0)
+    x = inputs_for(model)
+    folded = model.folded()
+    assert torch.equal(folded.input_scale, torch.ones_like(folded.input_scale))
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-5, atol=1e-6)
