@@ -66,7 +66,7 @@ class Backward:
     def _write(self, layer: int, x: Tensor) -> Tensor:
         """The true MLP output as a source, except what a skip connection carries, which stays linear in x."""
         self._tap(x)
-        add_skips(self._transcoder, layer, x, self._sources.ignored_positions, self._skips)
+        add_skips(self._transcoder, layer, x, self._skips)
         skip = self._skips.pop(layer, None)
         if skip is None:
             return self._source(layer, self._linear.writes[layer])
@@ -100,14 +100,14 @@ def constants(
 ) -> Float[Tensor, "layer_and_final position d_model"]:
     """What is read where no node writes anything: everything that biases alone cause.
 
-    The same affine map at zero embeddings, with decoder biases (true MLP outputs at ignored positions) for MLPs.
+    The same affine map at zero embeddings, with what no node writes in place of MLP outputs.
     """
     reads: list[Tensor] = []
     skips: dict[int, Tensor] = {}
 
     def write(layer: int, x: Tensor) -> Tensor:
         reads.append(x[0].float())
-        add_skips(transcoder, layer, x, sources.ignored_positions, skips)
+        add_skips(transcoder, layer, x, skips)
         return (sources.constant(layer) + skips.pop(layer, 0)).to(x.dtype).view_as(x)
 
     with torch.no_grad():
@@ -115,17 +115,13 @@ def constants(
     return torch.stack([*reads, final[0].float()])
 
 
-def add_skips(
-    transcoder: CrossLayerTranscoder, source: int, x: Tensor, ignored_positions: int, skips: dict[int, Tensor]
-) -> None:
-    """Add what one layer's skip connections give to the MLP outputs they reach; nothing at ignored positions."""
+def add_skips(transcoder: CrossLayerTranscoder, source: int, x: Tensor, skips: dict[int, Tensor]) -> None:
+    """Add what one layer's skip connections give to the MLP outputs they reach, at ignored positions too."""
     targets = transcoder.config.skip_targets_of(source)
     if not targets:
         return
-    kept = (torch.arange(x.shape[1], device=x.device) >= ignored_positions)[:, None]
-    parts = transcoder.skip(source, x.reshape(-1, x.shape[-1]))
-    for target, part in zip(targets, parts):
-        skips[target] = skips.get(target, 0) + part.view(x.shape) * kept
+    for target, part in zip(targets, transcoder.skip(source, x.reshape(-1, x.shape[-1]))):
+        skips[target] = skips.get(target, 0) + part.view(x.shape)
 
 
 class _Tap(torch.autograd.Function):

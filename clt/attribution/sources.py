@@ -109,9 +109,10 @@ class Sources:
         return self.first_embedding + self.n_positions
 
     def constant(self, target: int) -> Float[Tensor, "position d_model"]:
-        """What no node writes: the decoder bias; at ignored positions the true MLP output."""
+        """What no node writes: the decoder bias; at ignored positions all of the MLP output but skip connections."""
         bias = self._transcoder.bias(target).float().expand(self.n_positions, -1).clone()
-        bias[: self.ignored_positions] = self._linear.writes[target][: self.ignored_positions].float()
+        rest = self._linear.writes[target].float() - self.skips[target]
+        bias[: self.ignored_positions] = rest[: self.ignored_positions]
         return bias
 
     def contract(
