@@ -2,14 +2,16 @@
 
 Such a file is a pickle with classes inside, which circuit-tracer loads unrestrictedly. We write it as an export only,
 and read it with torch's restricted unpickler, for which every class the file names is a plain record of ours: nothing
-in a file is imported or called. Keys: circuit-tracer 0.4.1, `Graph.to_pt`.
+in a file is imported or called. Keys: circuit-tracer 0.4.1 and 0.5.0, `Graph.to_pt`.
 """
 
 from __future__ import annotations
 
 import pickle
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,37 +45,67 @@ def write_circuit_tracer_pt(graph: AttributionGraph, path: str | Path, *, tokeni
             "activation_values": graph.active_values,
             "selected_features": torch.tensor(selected, dtype=torch.int64),
             "adjacency_matrix": graph.to_dense(),
-            # Plain tuples: circuit-tracer takes them in place of its own class.
-            "logit_targets": [(target.text, target.token_id) for target in graph.targets],
+            "logit_targets": [_LogitTarget(target.text, target.token_id) for target in graph.targets],
             "logit_probabilities": graph.target_weights,
             "vocab_size": int(graph.info.get("vocabulary", 0)),
             "cfg": _host_config(graph, tokenizer),
             "scan": str(graph.info.get("scan", "")),
         },
         Path(path),
+        pickle_module=SimpleNamespace(Pickler=_Pickler, __name__=__name__),
     )
     return Path(path)
 
 
-def _host_config(graph: AttributionGraph, tokenizer: str | None) -> Any:
-    """The configuration object circuit-tracer reads: any Hugging Face one with these names will do."""
-    from clt.lm.structure import plain_config
+class _LogitTarget(NamedTuple):
+    token_str: str
+    vocab_idx: int
 
+
+@dataclass
+class _HostConfig:
+    n_layers: int
+    d_model: int
+    d_head: int
+    n_heads: int
+    d_mlp: int
+    d_vocab: int
+    tokenizer_name: str
+    model_name: str
+    original_architecture: str
+    n_key_value_heads: int | None = None
+    dtype: str | None = None
+
+
+_THEIR_NAMES = {
+    _LogitTarget: ("circuit_tracer.attribution.targets", "LogitTarget"),
+    _HostConfig: ("circuit_tracer.utils.tl_nnsight_mapping", "UnifiedConfig"),
+}
+"""Classes with circuit-tracer's fields -> the names under which its own unpickler finds its own."""
+
+
+class _Pickler(pickle._Pickler):
+    """Writes the names of circuit-tracer's classes, which need not be installed here."""
+
+    def save_global(self, obj: Any, name: str | None = None) -> None:
+        if obj not in _THEIR_NAMES:
+            return super().save_global(obj, name)
+        self.write(pickle.GLOBAL + "{}\n{}\n".format(*_THEIR_NAMES[obj]).encode())
+        return self.memoize(obj)
+
+
+def _host_config(graph: AttributionGraph, tokenizer: str | None) -> _HostConfig:
     name = str(graph.info.get("model", ""))
     shape = dict(graph.info.get("host", {}))
-    return plain_config(
+    sizes = {key: int(shape.get(key, 0)) for key in ("d_model", "d_head", "n_heads", "d_mlp")}
+    return _HostConfig(
         n_layers=graph.n_layers,
-        d_model=shape.get("d_model", 0),
-        d_head=shape.get("d_head", 0),
-        n_heads=shape.get("n_heads", 0),
-        d_mlp=shape.get("d_mlp", 0),
         d_vocab=int(graph.info.get("vocabulary", 0)),
-        n_key_value_heads=None,
-        dtype="float32",
         tokenizer_name=tokenizer or name,
         model_name=name,
-        original_architecture=shape.get("architecture", ""),
-        architectures=[shape.get("architecture", "")],
+        original_architecture=str(shape.get("architecture", "")),
+        dtype="float32",
+        **sizes,
     )
 
 

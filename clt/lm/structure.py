@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -22,11 +21,6 @@ OTHER_TOWERS = ("vision", "visual", "image", "audio")
 def text_config(model: PreTrainedModel) -> PreTrainedConfig:
     """The language model's part of the configuration."""
     return model.config.get_text_config(decoder=True)
-
-
-def plain_config(**values: Any) -> PreTrainedConfig:
-    """A configuration of no model in particular that holds these values, for other projects' files."""
-    return PreTrainedConfig(**values)
 
 
 def find_templates(model: PreTrainedModel) -> tuple[str, str]:

@@ -4,8 +4,11 @@ import gzip
 import json
 import pickle
 import struct
+import sys
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -93,6 +96,27 @@ def test_json_is_circuit_tracers_but_for_the_ids_of_errors(tmp_path):
     assert weights == pytest.approx(sorted(link["weight"] for link in theirs["links"]), abs=1e-5)
 
 
+class LogitTarget(NamedTuple):
+    """circuit-tracer's, for when it is not installed; the public one is tested in tests/interop."""
+
+    token_str: str
+    vocab_idx: int
+
+
+class UnifiedConfig(SimpleNamespace):
+    """circuit-tracer's dataclass."""
+
+
+@pytest.fixture
+def their_classes(monkeypatch):
+    """The names that circuit-tracer's files hold."""
+    monkeypatch.setitem(sys.modules, "circuit_tracer", SimpleNamespace())
+    for name, found in (("attribution.targets", LogitTarget), ("utils.tl_nnsight_mapping", UnifiedConfig)):
+        module = SimpleNamespace(**{found.__name__: found})
+        monkeypatch.setitem(sys.modules, f"circuit_tracer.{name}", module)
+
+
+@pytest.mark.usefixtures("their_classes")
 def test_pt_holds_what_circuit_tracers_loader_reads(graph, tmp_path):
     path = write_circuit_tracer_pt(graph, tmp_path / "graph.pt", tokenizer="/some/tokenizer")
     # As circuit-tracer's Graph.from_pt does: a dict, its classes unpickled.
@@ -102,7 +126,9 @@ def test_pt_holds_what_circuit_tracers_loader_reads(graph, tmp_path):
     assert torch.equal(values["adjacency_matrix"], graph.to_dense())
     assert torch.equal(values["active_features"][values["selected_features"]], graph.features)
     assert values["logit_targets"] == [(target.text, target.token_id) for target in graph.targets]
-    assert values["cfg"].to_dict()["n_layers"] == graph.n_layers
+    assert all(isinstance(target, LogitTarget) for target in values["logit_targets"])
+    assert isinstance(values["cfg"], UnifiedConfig)
+    assert values["cfg"].n_layers == graph.n_layers
     assert values["cfg"].tokenizer_name == "/some/tokenizer"
     assert values["input_tokens"].tolist() == [position.token_id for position in graph.positions]
     back = read_circuit_tracer_pt(path)
