@@ -37,6 +37,9 @@ class Target:
     """For formats that only hold per-layer transcoders: leave out what a feature writes to later layers."""
 
 
+_SAELENS = "6.0.0"
+"""The version whose layout is written: SAELens takes files without one for older and drops their metadata."""
+
 Export = Callable[[CrossLayerTranscoder, Target], list[str]]
 
 
@@ -178,6 +181,7 @@ def _to_saelens(transcoder: CrossLayerTranscoder, target: Target) -> list[str]:
             "apply_b_dec_to_input": False, "normalize_activations": "none", "reshape_activations": "none",
             "metadata": {
                 "model_name": target.hooks.model_name, "exported_by": f"crosslayer {__version__}",
+                "sae_lens_version": _SAELENS,
                 **target.hooks.saelens(layer), "own_layer_only": not _is_per_layer(transcoder),
             },
         }  # fmt: skip
