@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.setup-done
 SHELL  := /bin/bash
 
-.PHONY: setup demo demo-quick test test-all check docs figures coverage wheel bench web clean
+.PHONY: setup demo demo-quick test test-all test-interop check docs figures coverage wheel bench web clean
 
 setup: $(STAMP)
 
@@ -31,7 +31,18 @@ check: setup
 	$(BIN)/lint-imports
 
 test: setup
-	$(BIN)/pytest -n 2 -m "not slow and not gpu"
+	$(BIN)/pytest -n 2 -m "not slow and not gpu and not interop"
+
+# SAELens and circuit-tracer themselves open what we export. They want older packages: an environment of their own.
+INTEROP := .venv-interop
+test-interop: setup $(INTEROP)/.setup-done
+	$(INTEROP)/bin/python -m pytest -c tests/interop/pytest.ini --rootdir . tests/interop
+
+$(INTEROP)/.setup-done: tests/interop/requirements.txt
+	@test -x $(INTEROP)/bin/python || $(PYTHON) -m venv $(INTEROP)
+	$(INTEROP)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(INTEROP)/bin/pip install --quiet --disable-pip-version-check -r tests/interop/requirements.txt
+	@touch $@
 
 test-all: check
 	$(BIN)/pytest
@@ -58,4 +69,4 @@ web:
 	cd web && npm ci && npm run check && npm test && npm run build
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(INTEROP) build dist
