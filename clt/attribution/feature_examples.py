@@ -109,7 +109,12 @@ def read_feature_example(folder: str | Path, layer: int, feature: int) -> dict[s
         start, end = entry["offsets"][feature : feature + 2]
         if start == end:
             return None
-        with open(folder / str(entry["filename"]), "rb") as file:
+        name = Path(str(entry["filename"])).name
+        if name != entry["filename"]:
+            raise GraphError(
+                f"{folder / INDEX} names {entry['filename']!r}, which is no file of this folder. Not read."
+            )
+        with open(folder / name, "rb") as file:
             file.seek(start)
             packed = file.read(end - start)
     except (OSError, ValueError, IndexError, KeyError) as error:

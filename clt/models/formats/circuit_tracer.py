@@ -22,11 +22,14 @@ from clt.models.formats.portable import Named, Portable
 
 NAME = "circuit-tracer"
 CONFIG = "config.yaml"
+_KINDS = ("transcoder_set", "cross_layer_transcoder")
 
 
 def detect(folder: Path) -> bool:
     """Whether a folder is a CLT or a set of transcoders of circuit-tracer."""
-    return (folder / "W_enc_0.safetensors").exists() or bool(CircuitTracerSet.files(folder))
+    if (folder / "W_enc_0.safetensors").exists() or CircuitTracerSet.files(folder):
+        return True
+    return (folder / CONFIG).exists() and read_yaml(folder / CONFIG).get("model_kind") in _KINDS
 
 
 def read(folder: Path) -> Portable:
@@ -41,7 +44,7 @@ def read(folder: Path) -> Portable:
         hook = values.get(f"feature_{side}_hook")
         hooks[f"mlp_{side}_template"] = None if hook is None else f"blocks.{{}}.{hook}"
     if not (folder / "W_enc_0.safetensors").exists():
-        return CircuitTracerSet.read(folder, **hooks)
+        return CircuitTracerSet.read(folder, values.get("transcoders"), **hooks)
     layers = len(list(folder.glob("W_enc_*.safetensors")))
     first = TensorFile(folder / "W_enc_0.safetensors")
     features, width = first.shape("W_enc_0")

@@ -42,6 +42,9 @@ def read(folder: Path) -> Portable:
     absent = [name for name in ("d_in", "d_latent", "n_layers") if name not in values]
     if absent:
         raise CheckpointError(f"{folder / _CONFIG} lacks {', '.join(absent)}: not a configuration of CLT-Forge.")
+    layers = files[0].shape("W_enc")[0]
+    if layers != values["n_layers"]:
+        raise CheckpointError(f"{folder}: the weights are of {layers} layers, n_layers = {values['n_layers']!r}.")
     found = sum(file.shape("b_enc")[1] for file in files)
     if found != values["d_latent"]:
         raise CheckpointError(

@@ -35,6 +35,7 @@ from clt.models.standardise import ActivationStatistics, fit_scaling
 
 NAME = "crosslayer-coding"
 _PREFIX = re.compile(r"^(_orig_mod\.|encoder_module\.|decoder_module\.|theta_manager\.)+")
+_ENCODER = re.compile(r"encoders\.\d+\.weight")
 _FILES = ("model.safetensors", "clt.pt", "clt_checkpoint_latest.safetensors", "final/clt.pt")
 
 
@@ -205,7 +206,13 @@ class _Reader:
         return self._weights.tensor(self._stored.get(name, name), *shape)
 
     def _check_names(self) -> None:
-        config, expected = self._config, self._expected()
+        config, found = self._config, sum(bool(_ENCODER.fullmatch(name)) for name in self._stored)
+        if found != config.num_layers:
+            raise CheckpointError(
+                f"{self._weights.path} has encoders of {found} layers, cfg.json says num_layers = "
+                f"{config.num_layers:,}. Is this its cfg.json?"
+            )
+        expected = self._expected()
         unknown = sorted(self._stored.keys() - expected)
         if unknown:
             raise CheckpointError(

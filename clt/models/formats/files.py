@@ -229,7 +229,7 @@ def _mapping(path: Path, parse: Any, error_type: type[Exception]) -> dict[str, A
         raise CheckpointError(f"{path} does not exist. Was the folder copied completely?")
     try:
         found = parse(path.read_text(encoding="utf-8"))
-    except (error_type, UnicodeDecodeError) as error:
+    except (error_type, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as plain values: {error}") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds a {type(found).__name__}, not names with values.")

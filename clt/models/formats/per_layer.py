@@ -21,7 +21,7 @@ from torch import Tensor
 
 from clt.config import CLTConfig
 from clt.errors import CheckpointError
-from clt.models.formats.files import TensorFile, log_of_threshold, natural_order, read_json, stored_as
+from clt.models.formats.files import TensorFile, inside, log_of_threshold, natural_order, read_json, stored_as
 from clt.models.formats.portable import Named, Portable
 
 
@@ -191,11 +191,31 @@ class CircuitTracerSet:
         return [folder / name for name in natural_order(path.name for path in folder.glob("layer_*.safetensors"))]
 
     @classmethod
-    def read(cls, folder: Path, **options: Any) -> Portable:
-        """All layers of a folder; `options` are further fields of the configuration."""
+    def read(cls, folder: Path, listed: object = None, **options: Any) -> Portable:
+        """All layers of a folder.
+
+        Args:
+            listed: `transcoders` of its configuration, a file per layer; None: `layer_{i}.safetensors`.
+            options: further fields of the configuration.
+        """
         files = {int(re.findall(r"\d+", path.name)[0]): path for path in cls.files(folder)}
+        if listed is not None:
+            files = dict(enumerate(cls._listed(folder, listed)))
         _require_all_layers(folder, files)
         return join(cls.NAME, len(files), lambda layer: cls._one(TensorFile(files[layer])), **options)
+
+    @staticmethod
+    def _listed(folder: Path, listed: object) -> list[Path]:
+        """The files that a configuration names, if they are in its folder."""
+        if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+            raise CheckpointError(f"{folder}: transcoders in config.yaml is no list of files but {listed!r}.")
+        elsewhere = [name for name in listed if "://" in name]
+        if elsewhere:
+            raise CheckpointError(
+                f"{folder}: config.yaml names {elsewhere[0]} and {len(elsewhere) - 1} other files elsewhere. Download "
+                "them beside it as layer_0.safetensors and on, and take `transcoders` out of it."
+            )
+        return [inside(folder, name) for name in listed]
 
     @staticmethod
     def _one(file: TensorFile) -> Layer:

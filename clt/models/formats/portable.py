@@ -78,11 +78,11 @@ def write(portable: Portable, folder: Path) -> None:
             file.write(header)
             file.truncate(len(header) + size)
             starts = _starts(shapes)
-            for name, neutral in _neutral(CrossLayerTranscoder(portable.config, device="meta")):
-                _put(file, len(header) + starts[name], torch.full_like(shapes[name], neutral, device="cpu"))
             for name, value in portable.tensors():
                 book.enter(name, value)
                 _put(file, len(header) + starts[name], value.to(shapes[name].dtype))
+            for name, neutral in book.not_given():
+                _put(file, len(header) + starts[name], torch.full_like(shapes[name], neutral, device="cpu"))
             file.flush()
             os.fsync(file.fileno())
         book.close()
@@ -101,7 +101,8 @@ class _Book:
         model = CrossLayerTranscoder(portable.config, device="meta")
         self.expected: dict[str, Tensor] = dict(model.state_dict())
         self._format = portable.format
-        self._open = set(self.expected) - {name for name, _ in _neutral(model)}
+        self._neutral = dict(_neutral(model))
+        self._open = set(self.expected) - self._neutral.keys()
         self._seen: set[str] = set()
 
     def enter(self, name: str, value: Tensor) -> None:
@@ -121,6 +122,10 @@ class _Book:
             )
         self._seen.add(name)
         self._open.discard(name)
+
+    def not_given(self) -> list[tuple[str, float]]:
+        """Buffers that did not come, with the value that changes nothing."""
+        return [(name, value) for name, value in self._neutral.items() if name not in self._seen]
 
     def close(self) -> None:
         """No more will come."""
