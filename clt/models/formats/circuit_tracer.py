@@ -65,7 +65,7 @@ def _tensors(folder: Path, config: CLTConfig) -> Named:
         if config.activation_fn == "jumprelu":
             theta = file.tensor(f"threshold_{layer}", config.num_features)
             yield f"log_threshold.{layer}", log_of_threshold(theta, f"threshold_{layer}")
-        biases.append(file.tensor(f"b_dec_{layer}", config.d_model))
+        biases.append(file.tensor(f"b_dec_{layer}", config.d_model).clone())
         decoder = TensorFile(folder / f"W_dec_{layer}.safetensors")
         yield f"W_dec.{layer}", decoder.tensor(f"W_dec_{layer}", shape[0], config.num_layers - layer, shape[1])
     yield "b_dec", torch.stack(biases)

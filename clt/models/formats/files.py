@@ -27,7 +27,10 @@ _LARGEST_EXPANSION = 100
 
 
 class TensorFile:
-    """The tensors of one file, by name; nothing is read before it is asked for where the file allows that."""
+    """The tensors of one file, by name; nothing is read before it is asked for where the file allows that.
+
+    Safetensors are opened anew for each tensor: a tensor's pages stay in memory as long as the mapping it came from.
+    """
 
     def __init__(self, path: Path) -> None:
         """Open.
@@ -40,8 +43,7 @@ class TensorFile:
             raise CheckpointError(f"{path} does not exist. Was the folder copied completely?")
         self._loaded: Mapping[str, Tensor] | None = None
         if path.suffix == ".safetensors":
-            self._open = _open_safetensors(path)
-            self.names = frozenset(self._open.keys())
+            self.names = frozenset(_open_safetensors(path).keys())
         else:
             self._loaded = _read_npz(path) if path.suffix == ".npz" else read_pickle(path)
             self.names = frozenset(self._loaded)
@@ -66,7 +68,7 @@ class TensorFile:
             CheckpointError: there is no such tensor, or it has another shape.
         """
         self._require(name)
-        found = self._open.get_tensor(name) if self._loaded is None else self._loaded[name]
+        found = _open_safetensors(self.path).get_tensor(name) if self._loaded is None else self._loaded[name]
         self._check(name, tuple(found.shape), shape)
         return found
 
@@ -74,7 +76,7 @@ class TensorFile:
         """Entry `index` along the first axis, the rest of the tensor left on disk."""
         self._require(name)
         if self._loaded is None:
-            part = self._open.get_slice(name)[index : index + 1][0]
+            part = _open_safetensors(self.path).get_slice(name)[index : index + 1][0]
         else:
             part = self._loaded[name][index]
         self._check(f"{name}[{index}]", tuple(part.shape), shape)
@@ -84,7 +86,7 @@ class TensorFile:
         """The shape of a tensor, without reading it."""
         self._require(name)
         if self._loaded is None:
-            return tuple(self._open.get_slice(name).get_shape())
+            return tuple(_open_safetensors(self.path).get_slice(name).get_shape())
         return tuple(self._loaded[name].shape)
 
     def _require(self, name: str) -> None:

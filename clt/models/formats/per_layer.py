@@ -63,7 +63,7 @@ def join(name: str, count: int, read: Callable[[int], Layer], notes: tuple[str, 
                 yield f"log_threshold.{index}", log_of_threshold(layer.threshold, f"Layer {index}")
             if layer.W_skip is not None:
                 yield f"W_skip.{index}", layer.W_skip[None]
-            biases.append(layer.b_dec)
+            biases.append(layer.b_dec.clone())  # a view would keep the whole file in memory
         yield "b_dec", torch.stack(biases)
 
     return Portable(name, config, tensors, notes)
