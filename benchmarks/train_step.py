@@ -138,6 +138,10 @@ class Workbench:
         x, y = (side.to(torch.bfloat16).contiguous() for side in sides)
         return ActivationBatch(x, y, torch.zeros(size.tokens, dtype=torch.uint8), rows, rows)
 
+    def forget_data(self) -> None:
+        """Free what batches are made from, which is no part of a training step."""
+        self._directions.clear()
+
     def dense_flops(self) -> float:
         """Of a dense step: encoder forward and weight gradient, decoder forward and both gradients."""
         size = self.size
@@ -246,8 +250,10 @@ def peak_memory(options: Options) -> dict[str, float]:
     first.engine.step(first.batch(0), 0, first.dead)
     before = _largest_resident()
     bench = Workbench(options)
+    batch = bench.batch(0)
+    bench.forget_data()
     for step in range(3):
-        bench.engine.step(bench.batch(step), step, bench.dead)
+        bench.engine.step(batch, step, bench.dead)
     return {"peak_memory_gib": _largest_resident(), "memory_before_gib": before}
 
 

@@ -63,6 +63,8 @@ class TrainingConfig(Config):
     """Steps over which the learning rate rises linearly from zero."""
     optimizer: Literal["adam", "adamw", "adamw8bit"] = "adam"
     """Adam, Adam with decoupled weight decay on the matrices, or the latter with 8-bit moments (needs torchao)."""
+    optimizer_state: Literal["fp32", "bf16"] = "fp32"
+    """Type of adam's and adamw's moments; bf16, rounded at random, takes 4 instead of 8 bytes per weight."""
     optimizer_beta1: float = 0.9
     """Decay of the gradient's running mean."""
     optimizer_beta2: float = 0.999
@@ -187,6 +189,12 @@ class TrainingConfig(Config):
         )
         require_one_of(owner, "precision", self.precision, ("fp32", "bf16", "fp16"))
         require_one_of(owner, "optimizer", self.optimizer, ("adam", "adamw", "adamw8bit"))
+        require_one_of(owner, "optimizer_state", self.optimizer_state, ("fp32", "bf16"))
+        if self.optimizer == "adamw8bit" and self.optimizer_state != "fp32":
+            raise ConfigError(
+                f"{owner}.optimizer_state = {self.optimizer_state!r} does not go with optimizer = 'adamw8bit', whose "
+                "moments have 8 bits. Choose one of the two: --optimizer adamw with bf16 moments, or 8-bit ones."
+            )
         require_one_of(owner, "loss_normalisation", self.loss_normalisation, ("variance", "none"))
         require_one_of(owner, "lr_scheduler", self.lr_scheduler, ("constant", "linear", "cosine", "linear_final20"))
         require_one_of(owner, "route", self.route, ("auto", "dense", "sparse", "plain"))

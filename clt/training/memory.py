@@ -69,7 +69,9 @@ def weight_bytes(config: CLTConfig) -> int:
 
 
 def state_bytes(config: CLTConfig, training: TrainingConfig) -> float:
-    """Of one weight's two moments, which are in the weight's own type unless they are quantised."""
+    """Of one weight's two moments, which are in the weight's own type unless they are quantised or rounded to bf16."""
+    if training.optimizer_state == "bf16":
+        return 4
     return _EIGHT_BIT_STATES if training.optimizer == "adamw8bit" else 2 * weight_bytes(config)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from clt.config import TrainingConfig
 from clt.errors import ConfigError
+from clt.training.half_adam import HalfAdam
 from clt.training.schedules import default_learning_rate
 
 # What weight decay reaches.
@@ -16,7 +17,7 @@ _MATRICES = frozenset({"W_enc", "W_dec", "U_dec", "V_dec", "W_skip"})
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig, n_features: int) -> torch.optim.Optimizer:
-    """Fused Adam or AdamW, or AdamW with 8-bit moments; weight decay reaches matrices only.
+    """Fused Adam or AdamW, either with bf16 moments, or AdamW with 8-bit ones; weight decay reaches matrices only.
 
     Biases (`b_dec` holds one per target), thresholds, offsets and scales are named, not told by their shape, and never
     decay.
@@ -34,6 +35,8 @@ def build_optimizer(model: nn.Module, config: TrainingConfig, n_features: int) -
     }
     if config.optimizer == "adamw8bit":
         return _eight_bit()(groups, **options)
+    if config.optimizer_state == "bf16":
+        return HalfAdam(groups, **options, seed=config.seed, is_decoupled=config.optimizer == "adamw")
     cls = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
     return cls(groups, **options, fused=True)
 
@@ -134,7 +137,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensor
         elif key in state:
             state[key] = value.to(state[key])
         else:
-            state[key] = value.to(value.device if key == "step" else parameters[parameter])
+            state[key] = value.to(value.device if key == "step" else parameters[parameter].device)
 
 
 def _take_a_first_step(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:

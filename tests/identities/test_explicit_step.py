@@ -241,7 +241,16 @@ def test_every_option_is_known_to_the_hand_written_step_or_named_by_it():
     outside = {
         *("model_name", "expected_input_dtype", "mlp_input_template", "mlp_output_template"),
         *("training_steps", "train_batch_size_tokens", "learning_rate", "lr_scheduler", "lr_warmup_steps"),
-        *("optimizer", "optimizer_beta1", "optimizer_beta2", "weight_decay", "gradient_clip_val", "ema_decay", "seed"),
+        *(
+            "optimizer",
+            "optimizer_state",
+            "optimizer_beta1",
+            "optimizer_beta2",
+            "weight_decay",
+            "gradient_clip_val",
+            "ema_decay",
+            "seed",
+        ),
         *("sampling_strategy", "activation_dtype", "dead_feature_window"),
     }
     fields = {f.name for config in (CLTConfig, TrainingConfig) for f in dataclasses.fields(config)}
