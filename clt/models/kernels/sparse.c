@@ -8,10 +8,6 @@
  * Rows are gathered a block of columns at a time, from a packed copy of that block: it stays in a core's second-level
  * cache, while the rows themselves, a power of two apart, would all fall into the same few lines of it.
  */
-#include <immintrin.h>
-#include <immintrin.h>
-#include <immintrin.h>
-#include <immintrin.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -145,8 +141,7 @@ static inline __attribute__((always_inline)) void backward_block(Sorted *s, int6
             if (s->n_waiting == LANES) finish_dots(s, j + 1);
         }
     }
-    if (n == BLOCK && !accumulate && ((uintptr_t)out & 63) == 0) for (int i = 0; i < WIDE; i++) _mm512_stream_ps(out + i * LANES, (__m512)total[i]);
-    else store_block(out, n, WIDE, total);
+    store_block(out, n, WIDE, total);
 }
 
 /* Values and tokens of the entries in sorted order, so that the loops over blocks read them in a row. */
