@@ -81,9 +81,11 @@ class HalfAdam(torch.optim.Optimizer):
         count = int(state["step"])
         stream = self._seed * _BY_SEED + self._places[parameter] * _BY_PARAMETER
         generator = torch.Generator(parameter.device).manual_seed((stream << 24) + count)
+        assert parameter.grad is not None
         whole = parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]
-        for parts in zip(*(tensor.view(-1).split(_CHUNK) for tensor in whole if tensor is not None)):
-            self._update_part(*parts, group, count, generator)
+        parts = (tensor.view(-1).split(_CHUNK) for tensor in whole)
+        for weight, grad, mean, square in zip(*parts, strict=True):
+            self._update_part(weight, grad, mean, square, group, count, generator)
 
     def _update_part(
         self,
