@@ -82,7 +82,7 @@ class HalfAdam(torch.optim.Optimizer):
         stream = self._seed * _BY_SEED + self._places[parameter] * _BY_PARAMETER
         generator = torch.Generator(parameter.device).manual_seed((stream << 24) + count)
         assert parameter.grad is not None
-        whole = parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]
+        whole = parameter, parameter.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"]
         parts = (tensor.view(-1).split(_CHUNK) for tensor in whole)
         for weight, grad, mean, square in zip(*parts, strict=True):
             self._update_part(weight, grad, mean, square, group, count, generator)
