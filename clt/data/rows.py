@@ -89,8 +89,8 @@ class RowLayout:
 class RowFileWriter:
     """One shard in the making: rows arrive in order and are put at shuffled places, so memory stays small.
 
-    The place of the i-th row is the i-th number of a permutation of `capacity` drawn from `seed`. If fewer rows come, they
-    are moved together at the end, which keeps their shuffled order.
+    The place of the i-th row is the i-th number of a permutation of `capacity` drawn from `seed`. If fewer rows come,
+    they are moved together at the end, which keeps their shuffled order.
     """
 
     def __init__(self, path: Path, layout: RowLayout, capacity: int, seed: tuple[int, ...]) -> None:
