@@ -49,7 +49,7 @@ test-all: check
 
 # Every page, link and anchor is checked; the site works from a folder, without a server.
 docs: setup
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The pictures in docs/images: needs `make demo` before, and Chromium.
 figures: setup
