@@ -17,6 +17,7 @@ BOOKKEEPING = frozenset(
         *("activation_source", "activation_path", "remote_config", "server_url", "dataset_id"),
         *("remote_timeout", "remote_max_retries", "remote_prefetch_batches"),
         *("log_interval", "eval_interval", "eval_batches"),
+        *("fidelity_interval", "fidelity_model", "fidelity_dataset", "fidelity_samples", "fidelity_new_tokens"),
         *("checkpoint_interval", "keep_checkpoints", "milestone_interval", "write_final_folder"),
         *("time_limit_minutes", "skip_nonfinite_steps", "debug_anomaly"),
         *("enable_wandb", "wandb_project", "wandb_entity", "wandb_run_name", "wandb_tags"),
@@ -143,6 +144,16 @@ class TrainingConfig(Config):
     """Steps between evaluations on held-out activations (if there are any)."""
     eval_batches: int = 8
     """Held-out batches per evaluation during training."""
+    fidelity_interval: int | None = None
+    """Steps between measurements of the host with the transcoder in place of its MLPs; None: never."""
+    fidelity_dataset: str | None = None
+    """Held-out samples for them, as `clt fidelity --dataset` takes them."""
+    fidelity_model: str | None = None
+    """Host for them, as `clt fidelity --model` takes it; None: the one that the activations are of."""
+    fidelity_samples: int = 32
+    """How many samples."""
+    fidelity_new_tokens: int = 24
+    """Length of the answers generated freely."""
     checkpoint_interval: int = 1000
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
@@ -182,6 +193,9 @@ class TrainingConfig(Config):
             dead_feature_window=self.dead_feature_window,
             log_interval=self.log_interval,
             eval_interval=self.eval_interval,
+            fidelity_interval=self.fidelity_interval,
+            fidelity_samples=self.fidelity_samples,
+            fidelity_new_tokens=self.fidelity_new_tokens,
             checkpoint_interval=self.checkpoint_interval,
             keep_checkpoints=self.keep_checkpoints,
             sparsity_c=self.sparsity_c,
@@ -207,8 +221,17 @@ class TrainingConfig(Config):
             raise ConfigError(f"{owner}.ema_decay = {self.ema_decay} must lie between 0 and 1 (for example 0.999).")
         if self.skip_nonfinite_steps < 0:
             raise ConfigError(f"{owner}.skip_nonfinite_steps = {self.skip_nonfinite_steps} must be 0 or more.")
+        self._require_samples()
         self._take_remote_config()
         object.__setattr__(self, "wandb_tags", tuple(self.wandb_tags))  # JSON gives a list
+
+    def _require_samples(self) -> None:
+        """An interval alone says not what to measure on."""
+        if self.fidelity_interval is not None and self.fidelity_dataset is None:
+            raise ConfigError(
+                f"TrainingConfig.fidelity_interval = {self.fidelity_interval} needs samples to measure on. Give "
+                "--fidelity-dataset FILE with text that is not trained on, or world:NAME."
+            )
 
     def _take_remote_config(self) -> None:
         """Spread crosslayer-coding's dictionary over the fields it stands for, and ask for what a server needs."""

@@ -6,10 +6,12 @@ from clt.replacement.frozen import steered_logits
 from clt.replacement.host import SteeredHost, SteeredNeurons
 from clt.replacement.intervention import Intervene, Intervention, Interventions
 from clt.replacement.model import ReplacementModel
+from clt.replacement.probe import FidelityProbe
 from clt.replacement.recording import SampleFeatures
 from clt.replacement.statistics import feature_std
 
 __all__ = [
+    "FidelityProbe",
     "FidelityReport",
     "Intervene",
     "Intervention",

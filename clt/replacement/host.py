@@ -37,7 +37,7 @@ class SteeredHost(Steerable):
         Raises:
             HostModelError: layers, width or hookpoints differ.
         """
-        check_fit(adapter, transcoder)
+        check_fit(adapter, transcoder.config)
         check_std(feature_std, transcoder.config)
         self.adapter, self.transcoder, self.feature_std = adapter, transcoder, feature_std
         self.layers = range(adapter.n_layers)

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from clt.config import CLTConfig
 from clt.errors import ConfigError, HostModelError
 from clt.lm import HostInputs, ModelAdapter
 from clt.lm.hook_names import resolved_template
@@ -58,7 +59,7 @@ class ReplacementModel(Steerable):
             HostModelError: layers, width or hookpoints of host and transcoder differ.
             ConfigError: the transcoder cannot run layer by layer, or a layer is out of range.
         """
-        check_fit(adapter, transcoder)
+        check_fit(adapter, transcoder.config)
         check_std(feature_std, transcoder.config)
         self.adapter = adapter
         self.transcoder = transcoder
@@ -203,9 +204,8 @@ def _ranges(layers: Sequence[int]) -> str:
     return f"{layers[0]} to {layers[-1]}" if layers else "none"
 
 
-def check_fit(adapter: ModelAdapter, transcoder: BaseTranscoder) -> None:
+def check_fit(adapter: ModelAdapter, config: CLTConfig) -> None:
     """Refuse a transcoder of another host, or one whose layers cannot be computed one after the other."""
-    config = transcoder.config
     for name, ours, theirs in (
         ("layers", adapter.n_layers, config.num_layers),
         ("d_model", adapter.d_model, config.d_model),

@@ -26,6 +26,7 @@ from clt.config.base import write_text_atomically
 from clt.errors import ConfigError
 from clt.scripts import train
 from clt.scripts.plans import record_options
+from clt.scripts.probe import fidelity_probe
 from clt.training.setup import open_store
 from clt.training.shared_store import SharedRead, SharedView
 from clt.training.trainer import CLTTrainer
@@ -123,12 +124,19 @@ def run(options: Options) -> list[dict[str, Any]]:
     trainers = []
     for index, change in enumerate(changes):
         one = options_of(replace(base, training=training), change)
-        config = one.clt.replace(num_layers=shared.store.n_layers, d_model=shared.store.d_model)
-        view = SharedView(shared)
+        config = train.fitted(one.clt, one.training, shared.store)
         trainers.append(
-            CLTTrainer(config, one.training, one.output_dir, base.device, store=view, held_out=batches,
-                       shows_progress=index == 0)
-        )  # fmt: skip
+            CLTTrainer(
+                config,
+                one.training,
+                one.output_dir,
+                base.device,
+                store=SharedView(shared),
+                held_out=batches,
+                fidelity=fidelity_probe(one.training, config, base.device),
+                shows_progress=index == 0,
+            )
+        )
     train_together(trainers)
     results = []
     for change, trainer in zip(changes, trainers, strict=True):

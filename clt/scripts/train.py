@@ -6,6 +6,8 @@ again, or with --resume alone. Example:
     clt train --data activations/gpt2/pile_train --output-dir runs/gpt2 --num-features 3072
     clt train --resume runs/gpt2
 
+With --fidelity-interval N --fidelity-dataset FILE, the host also runs with the transcoder in place of its MLPs, every N
+steps (`fidelity/...` in metrics.jsonl).
 With --preset eleuther, the transcoder is described by EleutherAI's option names: clt train --preset eleuther --help.
 """
 
@@ -23,6 +25,7 @@ from clt.config.base import Config
 from clt.config.training_config import BOOKKEEPING
 from clt.data.stores import BaseActivationStore, LocalActivationStore
 from clt.errors import ConfigError
+from clt.scripts.probe import fidelity_probe
 from clt.training.run_folder import RunFolder
 from clt.training.setup import open_store, origin_of
 from clt.training.trainer import CLTTrainer
@@ -112,6 +115,13 @@ def _recorded(given: Config, default: Config, recorded: Config, free: frozenset[
     return recorded.replace(**changes)
 
 
+def fitted(config: CLTConfig, training: TrainingConfig, store: BaseActivationStore) -> CLTConfig:
+    """The transcoder asked for, with what the data say: layers, width, host and hookpoints."""
+    named = {name: value for name, value in origin_of(store).items() if getattr(config, name) is None}
+    sizes = {"num_layers": store.n_layers, "d_model": store.d_model}
+    return config.replace(**sizes, **named, expected_input_dtype=training.activation_dtype)
+
+
 @dataclass(frozen=True)
 class Settled:
     """Options with what the data decide: layers, width, host, and where held-out activations lie."""
@@ -136,14 +146,7 @@ def settle(options: Options) -> Settled:
         train, held_out = split_folders(training.activation_path, options.held_out)
         training = training.replace(activation_path=str(train))
     store = open_store(training, options.server_token)
-    named = {name: value for name, value in origin_of(store).items() if getattr(options.clt, name) is None}
-    config = options.clt.replace(
-        num_layers=store.n_layers,
-        d_model=store.d_model,
-        **named,
-        expected_input_dtype=training.activation_dtype,
-    )
-    return Settled(config, training, store, held_out)
+    return Settled(fitted(options.clt, training, store), training, store, held_out)
 
 
 def open_trainer(options: Options) -> CLTTrainer:
@@ -156,6 +159,7 @@ def open_trainer(options: Options) -> CLTTrainer:
         options.device,
         store=settled.store,
         held_out=held_out_batches(settled.held_out, settled.training.train_batch_size_tokens),
+        fidelity=fidelity_probe(settled.training, settled.clt, options.device),
         resume_step=options.resume_step,
         details={"held_out": None if settled.held_out is None else str(settled.held_out)},
     )

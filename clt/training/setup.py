@@ -101,6 +101,23 @@ def require_same_shape(config: CLTConfig, store: BaseActivationStore) -> None:
             )
 
 
+def require_measure(training: TrainingConfig, measure: object) -> None:
+    """Refuse an interval without something to measure, and the other way round.
+
+    Raises:
+        ConfigError: saying which is missing.
+    """
+    if training.fidelity_interval is not None and measure is None:
+        raise ConfigError(
+            f"TrainingConfig.fidelity_interval = {training.fidelity_interval}, but nothing was given to measure with. "
+            "`clt train` opens the host itself; in Python, give CLTTrainer(..., fidelity=FidelityProbe(...))."
+        )
+    if training.fidelity_interval is None and measure is not None:
+        raise ConfigError(
+            "CLTTrainer was given `fidelity`, but TrainingConfig.fidelity_interval does not say how often."
+        )
+
+
 def require_penalty(config: CLTConfig, training: TrainingConfig) -> None:
     """Refuse to steer a sparsity weight that nothing is multiplied by.
 

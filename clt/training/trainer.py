@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,14 @@ from clt.training.run_folder import METRICS, RunFolder
 from clt.training.schedules import sparsity_weight, steered
 from clt.training.seed_output import write_final_folder
 from clt.training.services import require_services, service_trackers
-from clt.training.setup import build_model, data_fingerprint, open_store, require_penalty, require_same_shape
+from clt.training.setup import (
+    build_model,
+    data_fingerprint,
+    open_store,
+    require_measure,
+    require_penalty,
+    require_same_shape,
+)
 from clt.training.step import Engine, StepResult
 from clt.training.trackers import JSONLTracker, ProgressTracker, Tracker
 from clt.types import ActivationBatch, choose_device
@@ -42,6 +49,7 @@ class CLTTrainer:
         *,
         store: BaseActivationStore | None = None,
         held_out: Callable[[], Iterable[ActivationBatch]] | None = None,
+        fidelity: Callable[[CrossLayerTranscoder], Mapping[str, float]] | None = None,
         trackers: Sequence[Tracker] = (),
         resume_step: int | None = None,
         details: dict[str, Any] | None = None,
@@ -56,6 +64,8 @@ class CLTTrainer:
             device: torch device; None: a GPU if there is one.
             store: activations; None: `training_config.activation_path`.
             held_out: gives held-out batches for the evaluations during the run; None: none.
+            fidelity: measures the transcoder in its host every `fidelity_interval` steps, by the names of the numbers
+                (`clt.replacement.FidelityProbe`).
             trackers: listeners beside `metrics.jsonl`, the progress bar and the services of the options.
             resume_step: go back to the checkpoint of this step; None: to the newest.
             details: recorded in run.json beside the options, for those who go on with the run.
@@ -69,12 +79,14 @@ class CLTTrainer:
             clt_config = clt_config.replace(normalization_method=training_config.normalization_method)
         require_services(training_config)
         require_penalty(clt_config, training_config)
+        require_measure(training_config, fidelity)
         self.clt_config, self.config = clt_config, training_config
         self.device = choose_device(device)
         self.folder = RunFolder(log_dir)
         self.store = store if store is not None else open_store(training_config)
         require_same_shape(clt_config, self.store)
         self.held_out = held_out
+        self._fidelity = fidelity
         self.progress = Progress()
         self._options = {"clt": clt_config.to_dict(), "training": training_config.to_dict(), **(details or {})}
         self.model = build_model(clt_config, self.store, self.device, training_config.seed)
@@ -175,6 +187,8 @@ class CLTTrainer:
             held_out = self._measure_held_out()
             is_best = self._note_best(held_out["held_out/nmse"])
             values |= held_out
+        if self._fidelity is not None and (self.step % (config.fidelity_interval or 1) == 0 or last):
+            values |= self._measure_fidelity(self._fidelity)
         if values:
             for tracker in trackers:
                 tracker.log(self.step, values)
@@ -224,9 +238,19 @@ class CLTTrainer:
         if self.held_out is None:
             raise ConfigError("This trainer was given no held-out activations to evaluate on.")
         batches = (batch for index, batch in enumerate(self.held_out()) if limit is None or index < limit)
-        average = self.engine.average
-        with nullcontext() if average is None else average.in_place():
+        with self._result_in_place():
             return evaluate(self.model, batches)
+
+    def _result_in_place(self) -> AbstractContextManager[None]:
+        """While the block runs, the model has the weights that the run would have as its result now."""
+        average = self.engine.average
+        return nullcontext() if average is None else average.in_place()
+
+    def _measure_fidelity(self, measure: Callable[[CrossLayerTranscoder], Mapping[str, float]]) -> dict[str, float]:
+        """What the host makes of the result so far; draws none of the run's random numbers."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with self._result_in_place(), torch.no_grad(), torch.random.fork_rng(devices):
+            return dict(measure(self.model))
 
     def _measure_held_out(self) -> dict[str, float]:
         result = self.evaluate(self.config.eval_batches)
