@@ -116,6 +116,8 @@ class TrainingConfig(Config):
     """Share of the run before delayed_linear starts."""
     sparsity_target_l0: float | None = None
     """Raise the sparsity weight above its schedule until so many features per token and layer are on; None: don't."""
+    sparsity_target_tokens: int = 16_384
+    """jumprelu: at the end all thresholds are scaled by one factor that meets it on so many training tokens; 0: not."""
     sparsity_c: float = 4.0
     """Steepness of the tanh in the sparsity penalty (4 in Anthropic's January 2025 update, 1 in the seeds)."""
     sparsity_reduction: Literal["mean_tokens", "sum_tokens"] = "mean_tokens"
@@ -219,8 +221,9 @@ class TrainingConfig(Config):
             )
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ConfigError(f"{owner}.ema_decay = {self.ema_decay} must lie between 0 and 1 (for example 0.999).")
-        if self.skip_nonfinite_steps < 0:
-            raise ConfigError(f"{owner}.skip_nonfinite_steps = {self.skip_nonfinite_steps} must be 0 or more.")
+        for name in ("skip_nonfinite_steps", "sparsity_target_tokens"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{owner}.{name} = {getattr(self, name)} must be 0 or more.")
         self._require_samples()
         self._take_remote_config()
         object.__setattr__(self, "wandb_tags", tuple(self.wandb_tags))  # JSON gives a list

@@ -20,6 +20,7 @@ from clt.training.dead import DeadFeatureTracker
 from clt.training.evaluator import Evaluation, evaluate
 from clt.training.interrupts import Interrupts, TimeLimit
 from clt.training.losses import Losses
+from clt.training.meet_l0 import factor_for_l0, scale_thresholds
 from clt.training.run_folder import METRICS, RunFolder
 from clt.training.schedules import sparsity_weight, steered
 from clt.training.seed_output import write_final_folder
@@ -182,6 +183,8 @@ class CLTTrainer:
         values: dict[str, float] = {}
         if self.step % config.log_interval == 0 or last:
             values = self._measure(result)
+        if last:
+            values |= self._meet_target_l0()
         is_best = False
         if self.held_out is not None and (self.step % config.eval_interval == 0 or last):
             held_out = self._measure_held_out()
@@ -211,6 +214,20 @@ class CLTTrainer:
         if self.config.sparsity_target_l0 is not None:
             l0 = float(result.fired.sum()) / (result.n_tokens * self.clt_config.num_layers)
             self.progress.sparsity_factor = steered(self.config, self.progress.sparsity_factor, l0, self.step)
+
+    def _meet_target_l0(self) -> dict[str, float]:
+        """After the last step, scale the thresholds of the result so that its L0 is the one asked for."""
+        config, average = self.config, self.engine.average
+        target, n_tokens = config.sparsity_target_l0, config.sparsity_target_tokens
+        if target is None or n_tokens == 0 or self.clt_config.activation_fn != "jumprelu":
+            return {}
+        if average is not None:
+            average.adopt()
+        factor, counted = factor_for_l0(self.model, self.store, target, n_tokens)
+        scale_thresholds(self.model, factor)
+        if average is not None:
+            average.restore({name: value.detach() for name, value in self.model.named_parameters()})
+        return counted
 
     # --- numbers ----------------------------------------------------------------------------------------------
 

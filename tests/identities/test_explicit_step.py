@@ -251,7 +251,7 @@ def test_every_option_is_known_to_the_hand_written_step_or_named_by_it():
             "ema_decay",
             "seed",
         ),
-        *("sampling_strategy", "activation_dtype", "dead_feature_window"),
+        *("sampling_strategy", "activation_dtype", "dead_feature_window", "sparsity_target_tokens"),
     }
     fields = {f.name for config in (CLTConfig, TrainingConfig) for f in dataclasses.fields(config)}
     assert fields - BOOKKEEPING == (computes | hands_over | outside) - BOOKKEEPING

@@ -1,14 +1,20 @@
 """The sparsity weight finds the L0 it is asked for."""
 
+import json
 import math
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from clt.config import CLTConfig, TrainingConfig
 from clt.errors import ConfigError
+from clt.models import CrossLayerTranscoder
+from clt.training.meet_l0 import factor_for_l0, scale_thresholds
 from clt.training.schedules import steered
 from clt.training.trainer import CLTTrainer
-from tests.tiny_data import store_of, write_data
+from tests.tiny_data import sparse_batch, store_of, write_data
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +40,52 @@ def test_l0_comes_to_its_target(data, tmp_path, fn, target):
     trainer.train()
     assert trainer.evaluate().l0 == pytest.approx(target, rel=0.15)
     assert trainer.progress.sparsity_factor > 1
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_the_thresholds_of_the_result_are_scaled_onto_the_target(data, tmp_path, ema_decay):
+    # So few steps and so slow a rate that steering alone ends far from the target.
+    options = {"training_steps": 40, "learning_rate": 3e-3, "ema_decay": ema_decay, "eval_batches": 99}
+    trainers = [
+        trainer_of(data, tmp_path / str(tokens), 3.0, **options, sparsity_target_tokens=tokens) for tokens in (0, 4000)
+    ]
+    left, met = (trainer.train() for trainer in trainers)
+    last = json.loads((tmp_path / "4000" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert abs(trainers[0].evaluate().l0 - 3.0) > 0.2
+    assert trainers[1].evaluate().l0 == pytest.approx(3.0, abs=0.05)
+    assert last["held_out/l0"] == pytest.approx(trainers[1].evaluate().l0, rel=1e-5), "measured after it"
+    assert last["calibration/l0_before"] == pytest.approx(trainers[0].evaluate().l0, abs=0.05)
+    assert last["calibration/tokens"] >= 4000
+    saved = CrossLayerTranscoder.from_pretrained(tmp_path / "4000")
+    for name, value in left.state_dict().items():
+        factor = last["calibration/factor"] if name.startswith("log_threshold") else None
+        expected = value if factor is None else value + math.log(factor)
+        torch.testing.assert_close(met.state_dict()[name], expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(saved.state_dict()[name], met.state_dict()[name]), name
+
+
+@given(target=st.floats(1.0, 8.0), seed=st.integers(0, 99))
+def test_the_factor_is_the_one_at_which_so_many_are_on(target, seed):
+    model = CrossLayerTranscoder(CLTConfig(num_features=24, num_layers=3, d_model=8, activation_fn="jumprelu"))
+    batches = [sparse_batch(tokens=300, seed=seed + number) for number in range(2)]
+    with torch.no_grad():
+        for layer, rows in enumerate(model.log_threshold):
+            rows += torch.linspace(1.5, 2.5, 24) + layer / 10
+    factor, counted = factor_for_l0(model, batches, target, n_tokens=600)
+    scale_thresholds(model, factor)
+    on = sum(int((model.encode(batch.inputs) > 0).sum()) for batch in batches) / (600 * 3)
+    assert counted["calibration/tokens"] == 600
+    assert on == pytest.approx(counted["calibration/l0_after"], abs=0.02)
+    assert factor == 1 or on == pytest.approx(target, rel=0.11)
+    if factor != 1 and 0.3 < factor < 3.5:
+        assert on == pytest.approx(target, abs=0.05)
+
+
+def test_a_target_out_of_reach_leaves_the_thresholds_alone():
+    model = CrossLayerTranscoder(CLTConfig(num_features=24, num_layers=3, d_model=8, activation_fn="jumprelu"))
+    factor, counted = factor_for_l0(model, [sparse_batch()], 23.9, n_tokens=100)
+    assert factor == 1.0
+    assert counted["calibration/l0_after"] == counted["calibration/l0_before"] < 20
 
 
 def test_the_factor_moves_against_the_miss_and_no_faster_than_its_limit():
