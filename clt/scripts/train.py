@@ -172,10 +172,12 @@ def plan(options: Options) -> dict[str, Any]:
     settled, folder = settle(options), RunFolder(options.output_dir)
     config, training = settled.clt, settled.training
     tokens = training.training_steps * training.train_batch_size_tokens
+    every = training.fidelity_interval
+    in_host = [] if every is None else [f"in its host every {every:,} steps on {training.fidelity_dataset}"]
     there = "the run is finished, nothing to do" if folder.is_finished else "a run is there, to be gone on with"
     return {
         "read": [f"{training.activation_path}: {config.num_layers} layers of {config.d_model}"],
-        "measure": [f"on {settled.held_out}" if settled.held_out else "on nothing held out"],
+        "measure": [f"on {settled.held_out}" if settled.held_out else "on nothing held out", *in_host],
         "train": [
             f"{config.num_layers} x {config.num_features:,} features, {config.activation_fn}",
             f"{training.training_steps:,} steps x {training.train_batch_size_tokens:,} = {tokens:,} tokens",
