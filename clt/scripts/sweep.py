@@ -119,7 +119,7 @@ def run(options: Options) -> list[dict[str, Any]]:
         raise ConfigError("A sweep compares held-out errors. Give --held-out FOLDER.")
     training = base.training.replace(activation_path=str(train_folder))
     shared = SharedRead(open_store(training))
-    batches = train.held_out_batches(held_out, training.train_batch_size_tokens)
+    batches = train.held_out_batches(held_out, training.train_batch_size_tokens, shared.store)
     changes = variants(options.vary)
     trainers = []
     for index, change in enumerate(changes):

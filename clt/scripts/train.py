@@ -72,11 +72,23 @@ def split_folders(data: str, held_out: str | None = None) -> tuple[Path, Path | 
     return train, beside if train.name == "train" and beside.is_dir() else None
 
 
-def held_out_batches(folder: Path | None, tokens: int) -> Callable[[], Iterable[ActivationBatch]] | None:
-    """A function that reads every held-out token once, in batches."""
+def held_out_batches(
+    folder: Path | None, tokens: int, like: BaseActivationStore
+) -> Callable[[], Iterable[ActivationBatch]] | None:
+    """A function that reads every held-out token once, in batches.
+
+    Raises:
+        ConfigError: they are of another host than those to train on (`like`).
+    """
     if folder is None:
         return None
     store = LocalActivationStore(folder, batch_size_tokens=tokens)
+    held_out, train = (store.n_layers, store.d_model), (like.n_layers, like.d_model)
+    if held_out != train:
+        raise ConfigError(
+            f"The held-out activations in {folder} have (layers, d_model) = {held_out}, those to train on {train}. "
+            "They are of different hosts: give --held-out a folder that was captured from the same one."
+        )
     return store.one_pass
 
 
@@ -158,7 +170,7 @@ def open_trainer(options: Options) -> CLTTrainer:
         options.output_dir,
         options.device,
         store=settled.store,
-        held_out=held_out_batches(settled.held_out, settled.training.train_batch_size_tokens),
+        held_out=held_out_batches(settled.held_out, settled.training.train_batch_size_tokens, settled.store),
         fidelity=fidelity_probe(settled.training, settled.clt, options.device),
         resume_step=options.resume_step,
         details={"held_out": None if settled.held_out is None else str(settled.held_out)},

@@ -56,6 +56,16 @@ def test_a_run_of_another_size_or_type_is_not_overwritten(data, tmp_path, capsys
     assert contents(run) == before
 
 
+@pytest.mark.parametrize("sizes", [{"width": 10}, {"layers": 4}])
+def test_held_out_data_of_another_host_are_refused_before_a_step(data, tmp_path, capsys, sizes):
+    other = write_data(tmp_path / "other", **sizes)
+    message = refused(capsys, *train(data, tmp_path / "run", "--held-out", other))
+    assert (
+        f"(layers, d_model) = ({sizes.get('layers', 3)}, {sizes.get('width', 8)}), those to train on (3, 8)" in message
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_held_out_data_without_a_token_or_of_another_width(data, tmp_path, capsys):
     run = tmp_path / "run"
     command_line.main([str(each) for each in train(data, run)])
