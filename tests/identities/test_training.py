@@ -142,6 +142,23 @@ def test_training_learns_and_held_out_error_agrees_with_its_definition(data, tmp
     torch.testing.assert_close(torch.tensor(result.l0_per_layer), active)
 
 
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("family", ["topk", "batchtopk"])
+def test_the_norms_that_inference_knows_are_those_of_the_present_weights(data, tmp_path, family, streams):
+    options = {"optimizer_in_backward": True, "gradient_clip_val": None} if streams else {}
+    trainer = trainer_of(data, tmp_path, family, steps=40, learning_rate=3e-2, eval_interval=5, **options)
+    assert trainer.model.config.ranking == "norm"
+    trainer.evaluate()  # norms are known from here on
+    model = trainer.train()
+    fresh = CrossLayerTranscoder.from_pretrained(tmp_path)
+    x = next(store_of(data, tokens=600).one_pass()).inputs.float()
+    assert torch.equal(model.encode(x), fresh.encode(x))
+    for layer in range(3):
+        assert torch.equal(model.threshold(layer), fresh.threshold(layer))
+        norm = model.decoder_norm(layer)
+        assert not torch.allclose(norm, torch.ones_like(norm) * norm[0], rtol=0.05), "they did change"
+
+
 def test_evaluation_does_not_depend_on_the_batch_size(data, tmp_path):
     from clt.training.evaluator import evaluate
 
