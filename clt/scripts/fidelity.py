@@ -116,12 +116,19 @@ def named(options: Options) -> dict[str, str]:
     """Folder of each transcoder by its name; the first is the one of --clt."""
     given: dict[str, str] = {}
     for text in (options.clt, *options.compare):
-        name, _, folder = text.rpartition("=")
-        name = name or Path(folder).resolve().name
+        name, folder = _name_and_folder(text)
         if name in given or name == MEAN:
             raise ConfigError(f"Two transcoders are called {name!r}. Name them: --compare NAME={folder}.")
         given[name] = folder
     return given
+
+
+def _name_and_folder(text: str) -> tuple[str, str]:
+    """NAME=FOLDER or FOLDER; the folders of `clt sweep` have equals signs in their names."""
+    name, _, folder = text.partition("=")
+    if not folder or Path(text).exists():
+        return Path(text).resolve().name, text
+    return name, folder
 
 
 def measure(

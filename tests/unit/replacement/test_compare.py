@@ -1,6 +1,7 @@
 """Replacements side by side: each column is what it is alone, and the command writes what the functions give."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from clt.config import CLTConfig
 from clt.models import CrossLayerTranscoder
 from clt.replacement import ReplacementModel, measure_fidelity
 from clt.replacement.compare import MEAN, by_layers, compare, layer_counts
+from clt.scripts.fidelity import Options, named
 from clt.types import TokenKind
 from tests.tiny_hosts import (
     N_LAYERS,
@@ -99,3 +101,11 @@ def test_the_command_writes_models_layers_and_a_figure(tmp_path, capsys):
     with pytest.raises(SystemExit):
         command_line.main([*command, "--compare", f"CLT={tmp_path / 'plt'}"])
     assert "Two transcoders are called 'CLT'" in capsys.readouterr().err
+
+
+def test_a_folder_of_a_sweep_may_stand_with_and_without_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    swept = Path("runs") / "k=8_n=None"
+    swept.mkdir(parents=True)
+    options = Options(model="host", dataset="texts.jsonl", clt=f"CLT={swept}", compare=(str(swept), "runs/other"))
+    assert named(options) == {"CLT": str(swept), "k=8_n=None": str(swept), "other": "runs/other"}
