@@ -86,8 +86,7 @@ class CLTTrainer:
         self.folder = RunFolder(log_dir)
         self.store = store if store is not None else open_store(training_config)
         require_same_shape(clt_config, self.store)
-        self.held_out = held_out
-        self._fidelity = fidelity
+        self.held_out, self._fidelity = held_out, fidelity
         self.progress = Progress()
         self._options = {"clt": clt_config.to_dict(), "training": training_config.to_dict(), **(details or {})}
         self.model = build_model(clt_config, self.store, self.device, training_config.seed)
@@ -104,8 +103,7 @@ class CLTTrainer:
         self.checkpoints = Checkpoints(self.folder, self.engine, self.dead, self.store, self.progress)
         self._waited = self._worked = 0.0
         """Seconds spent on getting batches (from a stream: also on the host that makes them), and on steps."""
-        self._extra_trackers = trackers
-        self._shows_progress = shows_progress
+        self._extra_trackers, self._shows_progress = trackers, shows_progress
         if not self.folder.is_finished:
             self.checkpoints.restore(resume_step)
 
