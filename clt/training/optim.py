@@ -36,15 +36,16 @@ def build_optimizer(model: nn.Module, config: TrainingConfig, n_features: int) -
     if config.optimizer == "adamw8bit":
         return _eight_bit()(groups, **options)
     if config.optimizer_state == "bf16":
-        return HalfAdam(groups, **options, seed=config.seed, is_decoupled=config.optimizer == "adamw")
-    cls = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    optimizer = cls(groups, **options, fused=True)
+        optimizer = HalfAdam(groups, **options, seed=config.seed, is_decoupled=config.optimizer == "adamw")
+    else:
+        cls = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+        optimizer = cls(groups, **options, fused=True)
     optimizer.register_step_post_hook(_count_change)
     return optimizer
 
 
 def _count_change(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Fused Adam changes weights without telling their version counters, which the model's known norms go by."""
+    """Fused optimisers change weights without telling their version counters, which the model's known norms go by."""
     torch.autograd.graph.increment_version([weight for group in optimizer.param_groups for weight in group["params"]])
 
 
