@@ -195,9 +195,6 @@ class TrainingConfig(Config):
             dead_feature_window=self.dead_feature_window,
             log_interval=self.log_interval,
             eval_interval=self.eval_interval,
-            fidelity_interval=self.fidelity_interval,
-            fidelity_samples=self.fidelity_samples,
-            fidelity_new_tokens=self.fidelity_new_tokens,
             checkpoint_interval=self.checkpoint_interval,
             keep_checkpoints=self.keep_checkpoints,
             sparsity_c=self.sparsity_c,
@@ -229,7 +226,9 @@ class TrainingConfig(Config):
         object.__setattr__(self, "wandb_tags", tuple(self.wandb_tags))  # JSON gives a list
 
     def _require_samples(self) -> None:
-        """An interval alone says not what to measure on."""
+        """Positive counts, and not an interval alone: it does not say what to measure on."""
+        names = ("fidelity_interval", "fidelity_samples", "fidelity_new_tokens")
+        require_positive("TrainingConfig", **{name: getattr(self, name) for name in names})
         if self.fidelity_interval is not None and self.fidelity_dataset is None:
             raise ConfigError(
                 f"TrainingConfig.fidelity_interval = {self.fidelity_interval} needs samples to measure on. Give "
