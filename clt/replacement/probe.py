@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from clt.config.base import require_positive
 from clt.lm import ModelAdapter
@@ -27,7 +28,7 @@ class FidelityProbe:
         """Let the host answer the samples once; arguments as those of `measure_fidelity`."""
         require_positive("FidelityProbe", max_new_tokens=max_new_tokens, batch_size=batch_size)
         self._adapter, self._samples = adapter, samples
-        self._how = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        self._how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
         self._host_answers = adapter.generate_ids(samples, **self._how)
 
     def __call__(self, transcoder: BaseTranscoder) -> dict[str, float]:
