@@ -84,7 +84,11 @@ _THEIR_NAMES = {
 """Classes with circuit-tracer's fields -> the names under which its own unpickler finds its own."""
 
 
-class _Pickler(pickle._Pickler):
+# The pickler in Python, whose opcodes a subclass can write; its stub does not list them.
+_PythonPickler: Any = pickle._Pickler
+
+
+class _Pickler(_PythonPickler):
     """Writes the names of circuit-tracer's classes, which need not be installed here."""
 
     def save_global(self, obj: Any, name: str | None = None) -> None:
