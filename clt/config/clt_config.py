@@ -75,8 +75,8 @@ class CLTConfig(Config):
     """Norm of each token before the encoder: none, or a layer norm without learned scale (vlm-clt-training's)."""
     normalization_method: NormalizationMethod = "rms"
     """Standardisation inside the transcoder: one scale per layer, mean and std per dimension, sqrt(d), or none."""
-    clt_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Type of the parameters; None is float32."""
+    clt_dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
+    """Type of the parameters; None is float32. float64 is for checking one computation against another."""
     expected_input_dtype: str | None = None
     """Type the activations had in training, for reference."""
     mlp_input_template: str | None = None

@@ -63,8 +63,14 @@ def jumprelu(
 
 
 def topk_indices(scores: Float[Tensor, "token feature"], k: int) -> Int[Tensor, "token k"]:
-    """Which k features of each token score highest, in no particular order."""
-    return scores.topk(min(k, scores.shape[1]), dim=1, sorted=False).indices
+    """Which k features of each token score highest, in no particular order; of equal ones, the first."""
+    if k >= scores.shape[1]:
+        return torch.arange(scores.shape[1], device=scores.device).expand(len(scores), -1)
+    values, chosen = scores.topk(k + 1, dim=1)
+    tied = (values[:, -1] == values[:, -2]).nonzero()[:, 0] if k else chosen[:0, 0]
+    if len(tied):
+        chosen[tied] = scores[tied].sort(dim=1, descending=True, stable=True).indices[:, : k + 1]
+    return chosen[:, :k]
 
 
 def count_kept(k: float, n_tokens: int, n_candidates: int) -> int:

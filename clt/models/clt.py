@@ -23,11 +23,13 @@ from torch.nn.functional import layer_norm
 
 from clt.config import CLTConfig
 from clt.errors import ConfigError
-from clt.models.activations import batch_threshold, count_kept, jumprelu, keep_above, topk_indices
+from clt.models.activations import keep_above
 from clt.models.base import BaseTranscoder
+from clt.models.choice import activate, topk
 from clt.models.codes import Codes, DenseCodes, SparseCodes, add_windows
 from clt.models.decoders import build_decoders, decoder_parameters
 from clt.models.initialise import initialise
+from clt.models.peers import Peers
 from clt.models.standardise import ActivationStatistics, fit_scaling
 
 # Share of the old value in the running mean of batchtopk's threshold.
@@ -56,15 +58,31 @@ class CrossLayerTranscoder(BaseTranscoder):
     W_skip: nn.ParameterList
 
     def __init__(
-        self, config: CLTConfig, process_group: None = None, device: torch.device | str | None = None, seed: int = 0
+        self,
+        config: CLTConfig,
+        process_group: None = None,
+        device: torch.device | str | None = None,
+        seed: int = 0,
+        *,
+        peers: Peers | None = None,
     ) -> None:
-        """Build with random weights (see `initialise`); `process_group` is accepted for crosslayer-coding's sake."""
+        """Build with random weights (see `initialise`).
+
+        Args:
+            config: of the features held here.
+            process_group: accepted for crosslayer-coding's sake.
+            device: torch device.
+            seed: of the weights.
+            peers: who holds the rest of the dictionary; None: there is no rest.
+        """
         super().__init__()
         if process_group is not None:
             raise ConfigError("CrossLayerTranscoder knows no ranks: pass process_group=None.")
         self.config = config
+        self.peers = peers or Peers(config)
         layers, features, width = config.num_layers, config.num_features, config.d_model
         like = {"device": device, "dtype": getattr(torch, config.clt_dtype or "float32")}
+        wide = {"device": device, "dtype": torch.promote_types(like["dtype"], torch.float32)}
         self.W_enc = nn.ParameterList(torch.empty(features, width, **like) for _ in range(layers))
         self.b_enc = nn.ParameterList(torch.zeros(features, **like) for _ in range(layers))
         tensors_of = decoder_parameters(config, torch.empty(0, **like))
@@ -75,9 +93,9 @@ class CrossLayerTranscoder(BaseTranscoder):
         self._norms: dict[int, tuple[Any, Tensor]] = {}
         self.b_dec = nn.Parameter(torch.zeros(layers, width, **like))
         if config.activation_fn == "jumprelu":
-            start = torch.full((features,), config.jumprelu_threshold, device=device).log()
+            start = torch.full((features,), config.jumprelu_threshold, **wide).log()
             self.log_threshold = nn.ParameterList(start.clone() for _ in range(layers))
-        # Scaling and running values stay in fp32 whatever the weights are in.
+        # Scaling and running values are at least fp32 whatever the weights are in.
         self.input_shift: Tensor
         self.input_scale: Tensor
         self.target_shift: Tensor
@@ -85,10 +103,10 @@ class CrossLayerTranscoder(BaseTranscoder):
         self.target_variance: Tensor
         self.running_threshold: Tensor
         for side in ("input", "target"):
-            self.register_buffer(f"{side}_shift", torch.zeros(layers, width, device=device))
-            self.register_buffer(f"{side}_scale", torch.ones(layers, width, device=device))
-        self.register_buffer("target_variance", torch.ones(layers, device=device))
-        self.register_buffer("running_threshold", torch.zeros(layers, device=device))
+            self.register_buffer(f"{side}_shift", torch.zeros(layers, width, **wide))
+            self.register_buffer(f"{side}_scale", torch.ones(layers, width, **wide))
+        self.register_buffer("target_variance", torch.ones(layers, **wide))
+        self.register_buffer("running_threshold", torch.zeros(layers, **wide))
         self.initialise(seed)
 
     # --- set-up -----------------------------------------------------------------------------------------------
@@ -123,7 +141,7 @@ class CrossLayerTranscoder(BaseTranscoder):
         with torch.no_grad():
             for layer in range(self.config.num_layers):
                 x = self.standardise_inputs(layer, inputs[layer]).to(self.W_enc[layer].dtype)
-                h = (x @ self.W_enc[layer].T).float()
+                h = (x @ self.W_enc[layer].T).to(self.input_scale.dtype)
                 threshold = torch.quantile(h, 1 - firing_rate, dim=0)
                 self.b_enc[layer].copy_(self.threshold(layer) - threshold)
 
@@ -189,7 +207,7 @@ class CrossLayerTranscoder(BaseTranscoder):
         """
         x = [self.standardise_inputs(layer, each) for layer, each in enumerate(inputs)]
         h = [self.preactivation(layer, each) for layer, each in enumerate(x)]
-        codes = self._activate(h, k_factor)
+        codes = activate(self, h, k_factor)
         reconstruction = self.reconstruct(codes)
         if self.config.skip_connection != "none":
             reconstruction = reconstruction + self._skip_all(x)
@@ -197,7 +215,7 @@ class CrossLayerTranscoder(BaseTranscoder):
 
     def reconstruct(self, codes: Sequence[Codes]) -> Float[Tensor, "token layer d_model"]:
         """Biases plus every source's features' contribution to every target, in standardised units."""
-        return self.b_dec + self.decoders.decode(codes)
+        return self.b_dec + self.peers.sum(self.decoders.decode(codes))
 
     def _skip_all(self, x: Sequence[Float[Tensor, "token d_model"]]) -> Float[Tensor, "token layer d_model"]:
         """What all skip connections add, in standardised units, as the inputs are."""
@@ -211,48 +229,6 @@ class CrossLayerTranscoder(BaseTranscoder):
     def add_windows(self, parts: Sequence[Float[Tensor, "token _"]]) -> Float[Tensor, "token layer d_model"]:
         """Place each source's output, `[token, target * d_model]`, at the layers it writes to, and sum."""
         return add_windows(parts, self.config)
-
-    def _activate(self, h: Sequence[Tensor], k_factor: float) -> Sequence[Codes]:
-        """The training-time non-linearity on all layers."""
-        config = self.config
-        match config.activation_fn:
-            case "relu":
-                return [DenseCodes(x.relu()) for x in h]
-            case "jumprelu":
-                how = config.jumprelu_bandwidth, config.jumprelu_gradient, config.jumprelu_reach
-                return [DenseCodes(jumprelu(x, self.threshold(layer).to(x.dtype), *how)) for layer, x in enumerate(h)]
-            case "topk":
-                return self._topk(h, k_factor)
-            case "batchtopk":
-                return self._batchtopk(h, k_factor)
-
-    def _topk(self, h: Sequence[Tensor], k_factor: float) -> Sequence[Codes]:
-        config = self.config
-        k = round(config.topk_count * k_factor)
-        scores = [self.scores(layer, x) for layer, x in enumerate(h)]
-        if config.topk_mode == "global":
-            every = torch.cat(scores, dim=1)
-            k = min(k, every.shape[1])
-            threshold = every.topk(k, dim=1).values[:, -1:].clamp_min(torch.finfo(every.dtype).tiny)
-            return [SparseCodes.from_mask(x.relu(), s >= threshold) for x, s in zip(h, scores, strict=True)]
-        codes = []
-        for x, score in zip(h, scores, strict=True):
-            chosen = topk_indices(score, k)
-            codes.append(SparseCodes.from_topk(x.gather(1, chosen).relu(), chosen, config.num_features))
-        return codes
-
-    def _batchtopk(self, h: Sequence[Tensor], k_factor: float) -> Sequence[Codes]:
-        config = self.config
-        scores = torch.stack([self.scores(layer, x) for layer, x in enumerate(h)])
-        layers, tokens, features = scores.shape
-        k = (config.batchtopk_k or 0) * k_factor
-        if config.batchtopk_mode == "global":
-            cut = batch_threshold(scores, count_kept(k, tokens, scores.numel())).expand(layers)
-        else:
-            kept = count_kept(k, tokens, tokens * features)
-            cut = torch.stack([batch_threshold(score, kept) for score in scores])
-        self.remember_threshold(cut)
-        return [SparseCodes.from_mask(x.relu(), s >= c) for x, s, c in zip(h, scores, cut, strict=True)]
 
     def remember_threshold(self, cut: Float[Tensor, " layer"]) -> None:
         """Running mean of the threshold, used at inference instead of the batch."""
@@ -282,8 +258,7 @@ class CrossLayerTranscoder(BaseTranscoder):
         h = self.preactivation(layer, self.standardise_inputs(layer, inputs))
         if self.config.activation_fn == "topk":
             scores = h.detach() * self._known_norm(layer).to(h.dtype) if self.config.ranking == "norm" else h.detach()
-            chosen = topk_indices(scores, self.config.topk_count)
-            return torch.zeros_like(h).scatter(1, chosen, h.gather(1, chosen).relu())
+            return self.peers.best([h], [scores], self.peers.whole.topk_count)[0].dense()
         return keep_above(h, h > self.threshold(layer).to(h.dtype))
 
     def encode(self, inputs: Float[Tensor, "layer token d_model"]) -> Float[Tensor, "layer token feature"]:
@@ -291,7 +266,7 @@ class CrossLayerTranscoder(BaseTranscoder):
         layers = range(self.config.num_layers)
         if self.config.activation_fn == "topk" and self.config.topk_mode == "global":
             h = [self.preactivation(layer, self.standardise_inputs(layer, inputs[layer])) for layer in layers]
-            return torch.stack([code.dense() for code in self._topk(h, 1.0)])
+            return torch.stack([code.dense() for code in topk(self, h, 1.0)])
         return torch.stack([self.encode_layer(layer, inputs[layer]) for layer in layers])
 
     def contributions(

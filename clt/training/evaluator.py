@@ -147,7 +147,7 @@ class CLTEvaluator:
         n_tokens = sum(count)
         if n_tokens == 0:
             raise DatasetError("There is no held-out token to evaluate on. Capture some with --held-out-fraction 0.1.")
-        density = self._fired.cpu() / n_tokens
+        density = self.model.peers.join(self._fired).cpu() / n_tokens
         every = torch.arange(len(TokenKind))
         seed_nmse, seed_ev = self._seed_metrics(n_tokens)
         return Evaluation(
@@ -155,7 +155,7 @@ class CLTEvaluator:
             nmse_per_layer=self._nmse(every),
             l0_per_layer=density.sum(1).tolist(),
             dead_per_layer=(density == 0).sum(1).tolist(),
-            features_per_layer=self.model.config.num_features,
+            features_per_layer=self.model.peers.whole.num_features,
             nmse_per_kind={k.name.lower(): self._nmse(torch.tensor([k.value])) for k in TokenKind if count[k] > 1},
             tokens_per_kind={kind.name.lower(): count[kind] for kind in TokenKind},
             seed_nmse_per_layer=seed_nmse,

@@ -76,7 +76,9 @@ class LossManager:
             self.reconstruction(model, error),
             self._sparsity(model, forward, step) if self.charges(model) else zero,
             self._preactivation(model, forward, dead) if self._pulls(model, dead) else zero,
-            self._auxiliary(model, inputs, error.detach(), dead) if self._revives(model) and dead.any() else zero,
+            self._auxiliary(model, inputs, error.detach(), dead)
+            if self._revives(model) and model.peers.any(dead)
+            else zero,
         )
 
     def charges(self, model: CrossLayerTranscoder) -> bool:
@@ -120,7 +122,8 @@ class LossManager:
         layers = range(model.config.num_layers)
         h = forward.preactivations
         if self.config.preactivation_form == "negative":
-            return self.config.preactivation_coef * sum_of((-h[layer]).relu().mean() for layer in layers) / len(h)
+            n_pairs = len(h) * len(h[0]) * model.peers.whole.num_features
+            return self.config.preactivation_coef * sum_of((-h[layer]).relu().sum() for layer in layers) / n_pairs
         if model.config.activation_fn in ("topk", "batchtopk"):
             names = [dead[layer].nonzero()[:, 0] for layer in layers]
             pull = sum_of(
@@ -137,16 +140,14 @@ class LossManager:
         """AuxK: the dead features' best k reconstruct what is left over, on all targets (Gao et al. 2024, A.2)."""
         config = model.config
         wanted = self.config.aux_k or min(512, max(1, config.d_model // 2))
-        parts = []
-        for layer in range(config.num_layers):
-            names = dead[layer].nonzero()[:, 0]
-            weight = model.W_enc[layer][names]
+        names, h = [dead[layer].nonzero()[:, 0] for layer in range(config.num_layers)], []
+        for layer, chosen in enumerate(names):
+            weight = model.W_enc[layer][chosen]
             x = model.standardise_inputs(layer, inputs[layer]).to(weight.dtype)
-            h = torch.addmm(model.b_enc[layer][names], x, weight.T)
-            values, chosen = h.topk(min(wanted, len(names)), dim=1, sorted=False)
-            active = torch.zeros_like(h).scatter(1, chosen, values.relu())
-            parts.append(model.decoders.part(layer, DenseCodes(active), names))
-        left_over = error - model.add_windows(parts).to(error.dtype)
+            h.append(torch.addmm(model.b_enc[layer][chosen], x, weight.T))
+        best = model.peers.best(h, [each.detach() for each in h], wanted)
+        parts = [model.decoders.part(i, DenseCodes(code.dense()), names[i]) for i, code in enumerate(best)]
+        left_over = error - model.peers.sum(model.add_windows(parts)).to(error.dtype)
         return (self.config.aux_loss_factor or 0.0) * self.reconstruction(model, left_over)
 
 
