@@ -39,6 +39,7 @@ COMMANDS = {
         "train": "Train a cross-layer transcoder on captured activations.",
         "sweep": "Train several configurations on one pass over the data; draw EV over L0.",
         "evaluate": "Error, explained variance, L0 and dead features on held-out activations.",
+        "checkpoint": "Checkpoints of several ranks: info, merge into one piece, split into parts.",
         "convert": "Turn a TopK or BatchTopK transcoder into JumpReLU and report what changed.",
         "finetune": "Train a transcoder further through the replacement model, on its logits.",
         "import": "Write another project's transcoder as ours: circuit-tracer, SAELens, EleutherAI, ...",
@@ -174,7 +175,8 @@ def run_guarded(name: str, arguments: list[str], debug: bool) -> None:
     except CLTError as error:
         if debug:
             raise
-        sys.stderr.write(f"clt {name}: {error}\n")
+        rank = os.environ.get("RANK", "0")
+        sys.stderr.write(f"clt {name}{'' if rank == '0' else f' (rank {rank})'}: {error}\n")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write(f"\nclt {name}: stopped. The same command goes on from the last saved point.\n")

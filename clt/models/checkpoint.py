@@ -52,6 +52,10 @@ def read_tensors(path: Path, device: torch.device | str | None = None) -> dict[s
     Raises:
         CheckpointError: the file is missing or cut off.
     """
+    if not path.is_file() and (path.parent / "slices.json").is_file():
+        raise CheckpointError(
+            f"{path.parent} is a checkpoint in several parts. Write it in one piece with `clt checkpoint merge`."
+        )
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist. Is {path.parent} the folder of a trained transcoder?")
     try:
