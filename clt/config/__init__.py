@@ -5,6 +5,15 @@ from clt.config.base import Config
 from clt.config.clt_config import CLTConfig
 from clt.config.eleuther import eleuther_config
 from clt.config.inference_config import InferenceConfig
+from clt.config.parallel_config import ParallelConfig
 from clt.config.training_config import TrainingConfig
 
-__all__ = ["ActivationConfig", "CLTConfig", "Config", "InferenceConfig", "TrainingConfig", "eleuther_config"]
+__all__ = [
+    "ActivationConfig",
+    "CLTConfig",
+    "Config",
+    "InferenceConfig",
+    "ParallelConfig",
+    "TrainingConfig",
+    "eleuther_config",
+]

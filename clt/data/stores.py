@@ -15,7 +15,7 @@ from clt.data.metadata import Metadata
 from clt.data.objects import ObjectSource, is_url
 from clt.data.prefetch import ReadAhead
 from clt.data.remote import RemoteSource
-from clt.data.sampler import RunSampler, SamplingStrategy, one_run
+from clt.data.sampler import Runs, RunSampler, SamplingStrategy, one_run
 from clt.data.sources import Rows, ShardSource, open_local
 from clt.data.statistics import Statistics
 from clt.errors import DatasetError
@@ -108,6 +108,8 @@ class ManifestActivationStore(BaseActivationStore):
         if prefetch_batches is None:
             prefetch_batches = 2 if self.device.type == "cuda" else 0
         self._ahead = ReadAhead(prefetch_batches)
+        self.narrow: Callable[[Runs], Runs] | None = None
+        """Takes the rows of a batch that are wanted here, where others read the rest; None: all are."""
         if drop_last and batch_size_tokens > self._sampler.total:
             raise DatasetError(
                 f"The data set has {self._sampler.total:,} tokens, fewer than one batch of {batch_size_tokens:,}, and "
@@ -222,7 +224,8 @@ class ManifestActivationStore(BaseActivationStore):
         for _ in range(self._ahead.n_begun):
             epoch, step = self._after(epoch, step)
         while True:
-            yield functools.partial(self.source.read, self._sampler.batch(epoch, step))
+            runs = self._sampler.batch(epoch, step)
+            yield functools.partial(self.source.read, runs if self.narrow is None else self.narrow(runs))
             epoch, step = self._after(epoch, step)
 
     def _fixed(self) -> dict[str, int]:

@@ -81,13 +81,6 @@ class Group:
                 dist.all_reduce(tensor, group=self._group)
         return tensor
 
-    def largest_(self, tensor: Shaped[Tensor, "*any"], purpose: str) -> Shaped[Tensor, "*any"]:
-        """Replace a tensor by the largest of the group's, element by element."""
-        if not self.is_alone:
-            with self._asks(purpose, tensor):
-                dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group)
-        return tensor
-
     def gather(self, tensor: Shaped[Tensor, "*any"], purpose: str) -> Shaped[Tensor, "*rank_and_any"]:
         """Everybody's tensor, all of one shape, by rank in the group."""
         if self.is_alone:
@@ -138,11 +131,22 @@ class Group:
             dist.gather_object(value, values, self.ranks[0], group=self._group)
         return values or []
 
+    def largest(self, number: int, purpose: str, device: torch.device | str = "cpu") -> int:
+        """The largest whole number of the group's; the same answer everywhere."""
+        if self.is_alone:
+            return number
+        box = torch.tensor([number], device=device)
+        with self._asks(purpose, box):
+            dist.all_reduce(box, dist.ReduceOp.MAX, group=self._group)
+        return int(box)
+
     def any(self, flag: bool, purpose: str, device: torch.device | str = "cpu") -> bool:
         """Whether it is true of one rank at least; the same answer everywhere."""
-        if self.is_alone:
-            return flag
-        return bool(self.largest_(torch.tensor([flag], dtype=torch.int32, device=device), purpose))
+        return bool(self.largest(int(flag), purpose, device))
+
+    def total(self, number: int, purpose: str, device: torch.device | str = "cpu") -> int:
+        """Sum of a whole number over the group."""
+        return number if self.is_alone else int(self.sum_(torch.tensor([number], device=device), purpose))
 
     def wait(self, purpose: str) -> None:
         """Go on when everybody is here."""

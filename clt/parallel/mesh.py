@@ -40,6 +40,8 @@ class Mesh:
     """The ranks with the same features as this one, each with other tokens."""
     tp: Group
     """The ranks with the same tokens as this one, each with other features."""
+    near: Group
+    """Those of `tp` that are on this rank's machine."""
     device: torch.device
     """Where this rank computes."""
     local_rank: int = 0
@@ -94,8 +96,8 @@ def own_device(mesh: Mesh, device: str | None) -> str | None:
 def mesh_of_one(device: torch.device | str | None = None) -> Mesh:
     """A single rank."""
     traffic = Traffic()
-    world, dp, tp = (Group(name, [0], 0, None, traffic) for name in ("world", "dp", "tp"))
-    return Mesh(world, dp, tp, choose_device(device))
+    groups = [Group(name, [0], 0, None, traffic) for name in ("world", "dp", "tp", "near")]
+    return Mesh(*groups, device=choose_device(device))
 
 
 def shape_of(world: int, tp: int | None, dp: int | None) -> tuple[int, int]:
@@ -180,20 +182,32 @@ def _connect(device: torch.device, rank: int, world: int, timeout_seconds: float
 
 def _mesh(shape: tuple[int, int], device: torch.device, timeout_seconds: float) -> Mesh:
     """Ranks row by row: those of one copy of the dictionary, who talk most, are neighbours."""
-    rank, table = dist.get_rank(), torch.arange(dist.get_world_size()).view(shape)
-    row, column = divmod(rank, shape[1])
-    limit = timedelta(seconds=timeout_seconds)
-    dp_group, tp_group = (
-        cast(dist.ProcessGroup, dist.new_subgroups_by_enumeration(each.tolist(), timeout=limit)[0])
-        for each in (table.T, table)
-    )
+    table = torch.arange(dist.get_world_size()).view(shape)
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    machines = [
+        [rank for rank in row if rank // local_size == m] for row in table.tolist() for m in range(table.numel())
+    ]
     traffic = Traffic()
+    lists = {"world": [table.flatten().tolist()], "dp": table.T.tolist(), "tp": table.tolist()}
+    lists["near"] = [ranks for ranks in machines if ranks]
+    made = {name: _groups(name, each, traffic, timeout_seconds) for name, each in lists.items()}
     return Mesh(
-        world=Group("world", table.flatten().tolist(), rank, dist.group.WORLD, traffic, timeout_seconds),
-        dp=Group("dp", table[:, column].tolist(), rank, dp_group, traffic, timeout_seconds),
-        tp=Group("tp", table[row].tolist(), rank, tp_group, traffic, timeout_seconds),
+        **{name: group for name, (group, _) in made.items()},
         device=device,
         local_rank=int(os.environ["LOCAL_RANK"]),
-        local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        device_mesh=DeviceMesh.from_group([dp_group, tp_group], device.type, table, mesh_dim_names=("dp", "tp")),
+        local_size=local_size,
+        device_mesh=DeviceMesh.from_group(
+            [made["dp"][1], made["tp"][1]], device.type, table, mesh_dim_names=("dp", "tp")
+        ),
     )
+
+
+def _groups(
+    name: str, lists: list[list[int]], traffic: Traffic, timeout_seconds: float
+) -> tuple[Group, dist.ProcessGroup]:
+    """The one of several disjoint groups that this rank is in."""
+    rank = dist.get_rank()
+    made, _ = dist.new_subgroups_by_enumeration(lists, timeout=timedelta(seconds=timeout_seconds))
+    process_group = cast(dist.ProcessGroup, made)
+    ranks = next(ranks for ranks in lists if rank in ranks)
+    return Group(name, ranks, rank, process_group, traffic, timeout_seconds), process_group

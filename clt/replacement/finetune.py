@@ -130,7 +130,7 @@ class Finetuner:
         self.config, self.samples = config, samples
         self.training = config.training()
         self.losses = LossManager(self.training)
-        self.optimizer = build_optimizer(self.model, self.training, self.model.config.num_features)
+        self.optimizer = build_optimizer(self._named, self.training, self.model.config.num_features)
         self.folder = RunFolder(folder)
         self.step = 0
         self.folder.begin({**config.to_dict(), **(details or {})}, {"n_samples": len(samples)})
@@ -209,7 +209,7 @@ class Finetuner:
     def _save(self) -> None:
         with self.folder.new_checkpoint(self.step) as folder:
             save_transcoder(self.model, folder)
-            save_tensors(optimizer_tensors(self.optimizer, self.model), folder / _OPTIMIZER)
+            save_tensors(optimizer_tensors(self.optimizer, self._named), folder / _OPTIMIZER)
         self.folder.keep_only({self.step})
 
     def _restore(self) -> None:
@@ -219,5 +219,5 @@ class Finetuner:
             return
         device = self.model.b_dec.device
         self.model.load_state_dict(load_transcoder(CrossLayerTranscoder, checkpoints[-1], device).state_dict())
-        restore_optimizer(self.optimizer, self.model, read_tensors(checkpoints[-1] / _OPTIMIZER))
+        restore_optimizer(self.optimizer, self._named, read_tensors(checkpoints[-1] / _OPTIMIZER))
         self.step = step_of(checkpoints[-1])

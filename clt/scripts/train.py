@@ -5,6 +5,7 @@ again, or with --resume alone. Example:
 
     clt train --data activations/gpt2/pile_train --output-dir runs/gpt2 --num-features 3072
     clt train --resume runs/gpt2
+    torchrun --nproc-per-node 4 -m clt train --data activations/gpt2/pile_train --output-dir runs/gpt2
 
 With --fidelity-interval N --fidelity-dataset FILE, the host also runs with the transcoder in place of its MLPs, every N
 steps (`fidelity/...` in metrics.jsonl).
@@ -20,11 +21,12 @@ from typing import Annotated, Any
 
 import tyro
 
-from clt.config import CLTConfig, TrainingConfig
+from clt.config import CLTConfig, ParallelConfig, TrainingConfig
 from clt.config.base import Config
 from clt.config.training_config import BOOKKEEPING
 from clt.data.stores import BaseActivationStore, LocalActivationStore
 from clt.errors import ConfigError
+from clt.parallel.mesh import Mesh, open_mesh
 from clt.scripts.probe import fidelity_probe
 from clt.training.run_folder import RunFolder
 from clt.training.setup import open_store, origin_of
@@ -57,6 +59,8 @@ class Options:
     """What to train."""
     training: Annotated[TrainingConfig, tyro.conf.arg(name="")] = TrainingConfig()
     """How to train it."""
+    parallel: Annotated[ParallelConfig, tyro.conf.arg(name="")] = ParallelConfig()
+    """On how many ranks: `torchrun --nproc-per-node 4 -m clt train ...` starts them."""
 
 
 _NO_OPTIONS = Options()
@@ -161,7 +165,7 @@ def settle(options: Options) -> Settled:
     return Settled(fitted(options.clt, training, store), training, store, held_out)
 
 
-def open_trainer(options: Options) -> CLTTrainer:
+def open_trainer(options: Options, mesh: Mesh | None = None) -> CLTTrainer:
     """The trainer that the options describe, on the data they name."""
     settled = settle(options)
     return CLTTrainer(
@@ -174,6 +178,8 @@ def open_trainer(options: Options) -> CLTTrainer:
         fidelity=fidelity_probe(settled.training, settled.clt, options.device),
         resume_step=options.resume_step,
         details={"held_out": None if settled.held_out is None else str(settled.held_out)},
+        mesh=mesh,
+        parallel=options.parallel,
     )
 
 
@@ -198,25 +204,40 @@ def plan(options: Options) -> dict[str, Any]:
     }
 
 
-def main(options: Options) -> dict[str, Any]:
+def main(options: Options) -> dict[str, Any] | None:
     """Train, evaluate on the held-out split if there is one, and say where the result is."""
+    parallel = options.parallel
+    with open_mesh(parallel.tp, parallel.dp, options.device, parallel.timeout_seconds) as mesh:
+        done = _run(options, mesh)
+        return done if mesh.is_main else None
+
+
+def _run(options: Options, mesh: Mesh) -> dict[str, Any]:
+    """The run, on every rank; the first one speaks."""
+    say = print if mesh.is_main else _say_nothing
     if options.resume is not None:
         options = options_of_run(options)
-    trainer = open_trainer(options)
+    trainer = open_trainer(options, mesh)
     steps = trainer.config.training_steps
-    if trainer.folder.is_finished:
-        print(f"{options.output_dir} already holds this run, finished. Delete the folder to train again.")
+    if trainer.was_finished:
+        say(f"{options.output_dir} already holds this run, finished. Delete the folder to train again.")
         return {"folder": options.output_dir, **(trainer.folder.record() or {}).get("summary", {})}
+    if not mesh.is_alone:
+        say(f"{mesh.size} ranks: {mesh.dp.size} copies (dp) of a dictionary in {mesh.tp.size} parts (tp).")
     if trainer.step:
-        print(f"Going on from step {trainer.step} of {steps}.")
+        say(f"Going on from step {trainer.step} of {steps}.")
     trainer.train()
-    print(f"Transcoder in {options.output_dir} (cfg.json, clt.safetensors; metrics.jsonl).")
+    say(f"Transcoder in {options.output_dir} (cfg.json, clt.safetensors; metrics.jsonl).")
     done: dict[str, Any] = {"folder": options.output_dir, **(trainer.folder.record() or {}).get("summary", {})}
     if trainer.held_out is not None:
         result = trainer.evaluate()
         done["held_out"] = result.to_dict()
-        print(
+        say(
             f"Held out, {result.n_tokens:,} tokens: NMSE {result.nmse:.4f} (EV {result.explained_variance:.4f}), "
             f"L0 {result.l0:.1f} per layer, dead {result.dead_share:.2%}."
         )
     return done
+
+
+def _say_nothing(_: str) -> None:
+    """What the other ranks would say, the first one says."""

@@ -1,7 +1,7 @@
 """The optimiser, its weight-decay groups, and its state as named tensors."""
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from clt.config import TrainingConfig
 from clt.errors import ConfigError
+from clt.parallel.gradients import gradient_norm
+from clt.parallel.mesh import Mesh
 from clt.training.half_adam import HalfAdam
 from clt.training.schedules import default_learning_rate
 
@@ -16,7 +18,9 @@ from clt.training.schedules import default_learning_rate
 _MATRICES = frozenset({"W_enc", "W_dec", "U_dec", "V_dec", "W_skip"})
 
 
-def build_optimizer(model: nn.Module, config: TrainingConfig, n_features: int) -> torch.optim.Optimizer:
+def build_optimizer(
+    named: Mapping[str, nn.Parameter], config: TrainingConfig, n_features: int
+) -> torch.optim.Optimizer:
     """Fused Adam or AdamW, either with bf16 moments, or AdamW with 8-bit ones; weight decay reaches matrices only.
 
     Biases (`b_dec` holds one per target), thresholds, offsets and scales are named, not told by their shape, and never
@@ -25,9 +29,8 @@ def build_optimizer(model: nn.Module, config: TrainingConfig, n_features: int) -
     Raises:
         ConfigError: adamw8bit without torchao.
     """
-    named = list(model.named_parameters())
-    matrices = [parameter for name, parameter in named if name.split(".")[0] in _MATRICES]
-    others = [parameter for name, parameter in named if name.split(".")[0] not in _MATRICES]
+    matrices = [parameter for name, parameter in named.items() if name.split(".")[0] in _MATRICES]
+    others = [parameter for name, parameter in named.items() if name.split(".")[0] not in _MATRICES]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     options: dict[str, Any] = {
         "lr": config.learning_rate or default_learning_rate(n_features),
@@ -60,14 +63,14 @@ def _eight_bit() -> Any:
     return AdamW8bit
 
 
-def clip_gradients(model: nn.Module, limit: float | None) -> Tensor:
+def clip_gradients(model: nn.Module, limit: float | None, mesh: Mesh) -> Tensor:
     """Scale all gradients together so that their norm is at most `limit`; returns the norm before.
 
     On a CPU the gradients are not touched where nothing is to be done: that pass over them would cost as much as the
     norm itself.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters], foreach=True)  # pyright: ignore
+    norm = gradient_norm(model, mesh)
     if limit is not None and (norm.device.type != "cpu" or norm > limit):
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm, foreach=True)
     return norm.detach()
@@ -112,9 +115,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
             group["lr"] = value
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """The optimiser's state as `<parameter>/<moment>` tensors; an 8-bit moment as its parts, `<moment>:<part>`."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in named.items()}
     return {
         f"{names[parameter]}/{name}": part
         for parameter, state in optimizer.state.items()
@@ -131,11 +134,12 @@ def _parts(key: str, value: Any) -> list[tuple[str, Tensor]]:
     return [(key, torch.as_tensor(value))]
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
+) -> None:
     """Put back what `optimizer_tensors` gave."""
     if any(":" in name for name in tensors):
-        _take_a_first_step(optimizer, model)
-    parameters = dict(model.named_parameters())
+        _take_a_first_step(optimizer, list(parameters.values()))
     for name, value in tensors.items():
         parameter, key = name.rsplit("/", 1)
         state = optimizer.state[parameters[parameter]]
@@ -148,13 +152,13 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensor
             state[key] = value.to(value.device if key == "step" else parameters[parameter].device)
 
 
-def _take_a_first_step(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+def _take_a_first_step(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:
     """Let the optimiser make its quantised moments, whose values are then replaced; the weights stay."""
-    weights = [parameter.detach().clone() for parameter in model.parameters()]
-    for parameter in model.parameters():
+    weights = [parameter.detach().clone() for parameter in parameters]
+    for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():
-        for parameter, old in zip(model.parameters(), weights, strict=True):
+        for parameter, old in zip(parameters, weights, strict=True):
             parameter.copy_(old)

@@ -154,21 +154,33 @@ def _remove(folder: Path) -> None:
 
 
 class PendingCheckpoint:
-    """`with` this, write files into the folder it gives; on success it is renamed into place."""
+    """A folder to write into (`with` it, or from `begin` to `finish`), which gets its name when everything is there."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._temporary = path.with_name(f".{path.name}.tmp")
 
     def __enter__(self) -> Path:
+        return self.begin()
+
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        if failure is None:
+            self.finish()
+        else:
+            self.drop()
+
+    def begin(self) -> Path:
+        """The empty folder."""
         shutil.rmtree(self._temporary, ignore_errors=True)
         self._temporary.mkdir(parents=True)
         return self._temporary
 
-    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
-        if failure is not None:
-            shutil.rmtree(self._temporary, ignore_errors=True)
-            return
+    def drop(self) -> None:
+        """Writing failed: leave nothing behind."""
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def finish(self) -> None:
+        """Everything is there."""
         if self._path.exists():
             _remove(self._path)
         self._temporary.rename(self._path)

@@ -18,6 +18,8 @@ from clt.data.stores import (
 )
 from clt.errors import ConfigError
 from clt.models import ActivationStatistics, CrossLayerTranscoder
+from clt.parallel.feature_shard import Shards, shard_config
+from clt.parallel.mesh import Mesh
 from clt.training.losses import pays_sparsity
 from clt.types import ActivationBatch
 
@@ -132,9 +134,39 @@ def require_penalty(config: CLTConfig, training: TrainingConfig) -> None:
         )
 
 
-def build_model(config: CLTConfig, store: BaseActivationStore, device: torch.device, seed: int) -> CrossLayerTranscoder:
-    """A transcoder with random weights, the data's standardisation, and encoder biases that let every feature fire."""
-    model = CrossLayerTranscoder(config, device=device, seed=seed)
+def require_parallel(training: TrainingConfig, mesh: Mesh) -> None:
+    """Refuse what several ranks cannot do together.
+
+    Raises:
+        ConfigError: naming the option and why.
+    """
+    if mesh.is_alone:
+        return
+    for name, odd, why in (
+        ("precision", "fp16", "whose loss scale each rank would set on its own; use bf16"),
+        ("optimizer", "adamw8bit", "whose blocks of quantised moments cannot be cut into slices; use adamw"),
+        ("optimizer_in_backward", True, "which takes a step before the ranks have added up their gradients"),
+        ("torch_compile", True, "which cannot compile what ranks tell each other"),
+    ):
+        if getattr(training, name) == odd:
+            raise ConfigError(f"TrainingConfig.{name} = {odd!r} does not work on {mesh.size} ranks: {why}.")
+
+
+def build_model(config: CLTConfig, store: BaseActivationStore, mesh: Mesh, seed: int) -> CrossLayerTranscoder:
+    """A transcoder with random weights, the data's standardisation, and encoder biases that let every feature fire.
+
+    Args:
+        config: of the whole dictionary.
+        store: of whole batches.
+        mesh: says which features are this rank's.
+        seed: of the weights, which are the same for any number of ranks.
+    """
+    device = mesh.device
+    if mesh.is_alone:
+        model = CrossLayerTranscoder(config, device=device, seed=seed)
+    else:
+        here = shard_config(config, mesh.tp.rank, mesh.tp.size)
+        model = CrossLayerTranscoder(here, device=device, seed=seed, peers=Shards(config, mesh))
     sides = store.statistics.inputs, store.statistics.targets
     values = [part.float().to(device) for side in sides for part in (side.mean, side.std)]
     model.fit_standardisation(ActivationStatistics(*values))

@@ -6,13 +6,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float, Integer
+from jaxtyping import Bool, Float, Integer, Shaped
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from clt.config import TrainingConfig
 from clt.errors import ConfigError, TrainingError
 from clt.models import CrossLayerTranscoder
+from clt.parallel.data_shard import micro_parts
+from clt.parallel.gradients import of_all_ranks, reduce_gradients
+from clt.parallel.mesh import Mesh, mesh_of_one
+from clt.parallel.owned import Owned
 from clt.training.diagnose import explain_nonfinite
 from clt.training.ema import WeightAverage
 from clt.training.explicit import ExplicitPass
@@ -36,8 +40,11 @@ class StepResult:
     losses: Losses
     gradient_norm: Float[Tensor, ""]
     fired: Integer[Tensor, "layer feature"]
-    """On how many tokens of the batch each feature was on."""
+    """On how many tokens of the batch each feature held here was on."""
+    n_fired: Shaped[Tensor, ""]
+    """How often any feature of the whole dictionary was on."""
     n_tokens: int
+    """Of the whole batch, over all ranks."""
     skipped: bool = False
     """The weights were left as they were."""
 
@@ -61,17 +68,31 @@ class _Pass(nn.Module):
 class Engine:
     """A transcoder and everything that changes it."""
 
-    def __init__(self, model: CrossLayerTranscoder, config: TrainingConfig) -> None:
+    def __init__(
+        self,
+        model: CrossLayerTranscoder,
+        config: TrainingConfig,
+        mesh: Mesh | None = None,
+        shard_optimizer: bool = False,
+    ) -> None:
         """Build optimiser, loss scaler and weight average.
+
+        Args:
+            model: what to train; the part of a dictionary that is this rank's.
+            config: how.
+            mesh: the ranks that train together; None: there is only this one.
+            shard_optimizer: copies of the dictionary divide the optimiser's state among themselves.
 
         Raises:
             ConfigError: the optimiser needs a package that is not installed.
         """
         self.model, self.config = model, config
         self.device = model.b_dec.device
-        n_features = model.config.num_features
+        self.mesh = mesh or mesh_of_one(self.device)
+        n_features = model.peers.whole.num_features
         self.peak_learning_rate = config.learning_rate or default_learning_rate(n_features)
-        self.optimizer = build_optimizer(model, config, n_features)
+        self.owned = Owned(model, self.mesh, shard_optimizer)
+        self.optimizer = build_optimizer(self.owned.parameters, config, n_features)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.average = None if config.ema_decay is None else WeightAverage(model, config.ema_decay)
         self._squares: list[Tensor] = []
@@ -89,6 +110,8 @@ class Engine:
     def _choose_routes(self) -> RouteChooser | None:
         """The hand-written step, unless it is not wanted or does not know an option."""
         config, odd = self.config, why_plain(self.model.config, self.config)
+        if odd is None and not self.mesh.is_alone:
+            odd = f"ranks = {self.mesh.size}"
         require_streaming(config, odd)
         if config.route == "plain" or (odd is not None and config.route == "auto"):
             return None
@@ -117,13 +140,16 @@ class Engine:
         if self.config.optimizer_in_backward:
             return self._streamed(result, batch, step)
         self.scaler.unscale_(self.optimizer)
-        norm = clip_gradients(self.model, self.config.gradient_clip_val)
+        reduce_gradients(self.model, self.mesh)
+        norm = clip_gradients(self.model, self.config.gradient_clip_val, self.mesh)
         result = replace(result, gradient_norm=norm)
         # The one wait for the device of a step: nothing may reach the weights before this is known.
         if not torch.isfinite(result.losses.total + norm):
             return self._skip(result, batch, step, before)
+        self.owned.take_gradients()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.owned.share()
         if self.average is not None:
             self.average.update()
         return result
@@ -157,15 +183,17 @@ class Engine:
         """Gradients of the whole batch, a micro-batch at a time."""
         totals: dict[str, Tensor] = {}
         fired = torch.zeros_like(dead, dtype=torch.int64)
-        for part in self._micro_batches(batch):
-            losses, on = self._gradients(part.to(self.device), step, dead, part.n_tokens / batch.n_tokens)
+        n_tokens = self.mesh.dp.total(batch.n_tokens, "tokens", self.device)
+        for part in self._micro_batches(batch, n_tokens):
+            losses, on = self._gradients(part.to(self.device), step, dead, part.n_tokens / n_tokens)
             fired += on
             for name in Losses.__dataclass_fields__:
                 value = getattr(losses, name).detach()
                 totals[name] = totals[name] + value if name in totals else value
-        self._observe(fired, batch.n_tokens, step)
-        summed = Losses(**totals)
-        return StepResult(summed, summed.total.new_zeros(()), fired, batch.n_tokens)
+        summed, fired, n_fired = of_all_ranks(totals, fired, self.mesh)
+        self._observe(fired, n_tokens, step)
+        losses = Losses(**summed)
+        return StepResult(losses, losses.total.new_zeros(()), fired, n_fired, n_tokens)
 
     def _gradients(self, part: ActivationBatch, step: int, dead: Tensor, share: float) -> tuple[Losses, Tensor]:
         """Add those of a micro-batch; its part of the losses, and on how many tokens each feature was on."""
@@ -184,13 +212,16 @@ class Engine:
         if self.routes is not None and self.routes.wants_density(step):
             self.routes.observe(float(fired.sum()) / (n_tokens * fired.numel()), self._touched)
 
-    def _micro_batches(self, batch: ActivationBatch) -> Iterator[ActivationBatch]:
-        size = self.config.micro_batch_tokens or batch.n_tokens
-        if size >= batch.n_tokens:
+    def _micro_batches(self, batch: ActivationBatch, n_tokens: int) -> Iterator[ActivationBatch]:
+        """This rank's rows of each micro-batch of the whole batch of `n_tokens`."""
+        parts = micro_parts(n_tokens, self.config.micro_batch_tokens, self.mesh.dp.rank, self.mesh.dp.size)
+        if len(parts) == 1:
             yield batch
             return
-        for start in range(0, batch.n_tokens, size):
-            yield _rows(batch, start, start + size)
+        start = 0
+        for part in parts:
+            yield _rows(batch, start, start + len(part))
+            start += len(part)
 
     def _run(self, batch: ActivationBatch, step: int, dead: Tensor) -> tuple[Losses, Tensor]:
         with torch.autograd.set_detect_anomaly(self.config.debug_anomaly):

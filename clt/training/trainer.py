@@ -10,11 +10,14 @@ from typing import Any
 
 import torch
 
-from clt.config import CLTConfig, TrainingConfig
+from clt.config import CLTConfig, ParallelConfig, TrainingConfig
 from clt.data.stores import BaseActivationStore
 from clt.errors import ConfigError
 from clt.models import CrossLayerTranscoder
-from clt.models.checkpoint import save_transcoder
+from clt.parallel.collectives import agreed
+from clt.parallel.data_shard import divided
+from clt.parallel.mesh import Mesh, mesh_of_one
+from clt.parallel.slices import save_result
 from clt.training.checkpointing import Checkpoints, Progress
 from clt.training.dead import DeadFeatureTracker
 from clt.training.evaluator import Evaluation, evaluate
@@ -29,13 +32,14 @@ from clt.training.setup import (
     build_model,
     data_fingerprint,
     open_store,
+    require_parallel,
     require_measure,
     require_penalty,
     require_same_shape,
 )
 from clt.training.step import Engine, StepResult
 from clt.training.trackers import JSONLTracker, ProgressTracker, Tracker
-from clt.types import ActivationBatch, choose_device
+from clt.types import ActivationBatch
 
 
 class CLTTrainer:
@@ -55,6 +59,8 @@ class CLTTrainer:
         resume_step: int | None = None,
         details: dict[str, Any] | None = None,
         shows_progress: bool = True,
+        mesh: Mesh | None = None,
+        parallel: ParallelConfig | None = None,
     ) -> None:
         """Open the data and build (or, if the folder holds an unfinished run, restore) everything.
 
@@ -71,6 +77,9 @@ class CLTTrainer:
             resume_step: go back to the checkpoint of this step; None: to the newest.
             details: recorded in run.json beside the options, for those who go on with the run.
             shows_progress: draw a progress bar.
+            mesh: the ranks that train together (clt.parallel.mesh.open_mesh); None: only this process. All of them
+                make the same trainer, on one folder that all can write to.
+            parallel: how they divide the work.
 
         Raises:
             ConfigError: the data do not fit the transcoder, the folder holds a run with other options, or an option
@@ -82,30 +91,45 @@ class CLTTrainer:
         require_penalty(clt_config, training_config)
         require_measure(training_config, fidelity)
         self.clt_config, self.config = clt_config, training_config
-        self.device = choose_device(device)
+        self.mesh, parallel = mesh or mesh_of_one(device), parallel or ParallelConfig()
+        self.device = self.mesh.device
+        require_parallel(training_config, self.mesh)
         self.folder = RunFolder(log_dir)
+        whole_batches = store if store is not None else open_store(training_config)
+        require_same_shape(clt_config, whole_batches)
+        self.held_out = held_out
         self.store = store if store is not None else open_store(training_config)
         require_same_shape(clt_config, self.store)
         self.held_out, self._fidelity = held_out, fidelity
         self.progress = Progress()
         self._options = {"clt": clt_config.to_dict(), "training": training_config.to_dict(), **(details or {})}
-        self.model = build_model(clt_config, self.store, self.device, training_config.seed)
-        self.engine = Engine(self.model, training_config)
-        self.folder.begin(
-            self._options,
-            {"fingerprint": data_fingerprint(self.store)},
-            compared={"clt": clt_config.to_dict(), "training": training_config.affecting_the_result()},
-            defaults={"clt": type(clt_config).defaults(), "training": type(training_config).defaults()},
-        )
+        self.model = build_model(clt_config, whole_batches, self.mesh, training_config.seed)
+        self.engine = Engine(self.model, training_config, self.mesh, parallel.shard_optimizer)
+        agreed(self.mesh.world, lambda: self._begin(data_fingerprint(whole_batches)), "the run's folder")
+        self.store = divided(whole_batches, self.mesh, training_config.micro_batch_tokens, parallel.one_reader)
         self.dead = DeadFeatureTracker(
-            clt_config.num_layers, clt_config.num_features, training_config.dead_feature_window, self.device
+            clt_config.num_layers, self.model.config.num_features, training_config.dead_feature_window, self.device
         )
         self.checkpoints = Checkpoints(self.folder, self.engine, self.dead, self.store, self.progress)
         self._waited = self._worked = 0.0
         """Seconds spent on getting batches (from a stream: also on the host that makes them), and on steps."""
+        self._extra_trackers = trackers
+        self._shows_progress = shows_progress
+        self.was_finished = self.mesh.world.tell(self.folder.is_finished, "the run's folder")
+        """The folder holds the result already; there is nothing to train."""
+        if not self.was_finished:
         self._extra_trackers, self._shows_progress = trackers, shows_progress
         if not self.folder.is_finished:
             self.checkpoints.restore(resume_step)
+
+    def _begin(self, fingerprint: str) -> None:
+        clt, training = self.clt_config, self.config
+        self.folder.begin(
+            self._options,
+            {"fingerprint": fingerprint},
+            compared={"clt": clt.to_dict(), "training": training.affecting_the_result()},
+            defaults={"clt": type(clt).defaults(), "training": type(training).defaults()},
+        )
 
     @property
     def step(self) -> int:
@@ -128,7 +152,7 @@ class CLTTrainer:
 
     def steps(self) -> Generator[int, None, None]:
         """The run of `train`, giving control back after each step; several runs can so share one pass over the data."""
-        if self.folder.is_finished:
+        if self.was_finished:
             self.model = CrossLayerTranscoder.from_pretrained(self.folder.path, self.device)
             return
         limit = TimeLimit(self.config.time_limit_minutes)
@@ -138,16 +162,25 @@ class CLTTrainer:
             with Interrupts() as interrupts:
                 while self.step < self.config.training_steps:
                     self._one_step(trackers)
-                    if interrupts.requested or (limit.is_over and self.step < self.config.training_steps):
-                        self.checkpoints.save()
-                        limit.stop(self.step, self.config.training_steps, interrupts.requested)
+                    self._stop_if_asked(interrupts.requested, limit)
                     yield self.step
             self._finish()
         finally:
             for tracker in trackers:
                 tracker.close()
 
+    def _stop_if_asked(self, is_interrupted: bool, limit: TimeLimit) -> None:
+        """Write a checkpoint and stop if a signal came or the time is over, on whichever rank."""
+        is_over = limit.is_over and self.step < self.config.training_steps
+        asked = 2 if is_interrupted else int(is_over)
+        asked = self.mesh.world.largest(asked, "signals", self.device)
+        if asked:
+            self.checkpoints.save()
+            limit.stop(self.step, self.config.training_steps, asked == 2)
+
     def _open_trackers(self) -> list[Tracker]:
+        if not self.mesh.is_main:
+            return []
         folder = self.folder.path
         return [
             JSONLTracker(folder / METRICS, self.step),
@@ -160,10 +193,14 @@ class CLTTrainer:
         """The result: the mean weights if there are any, else the last."""
         if self.engine.average is not None:
             self.engine.average.adopt()
-        save_transcoder(self.model, self.folder.path)
+        save_result(self.model, self.mesh, self.folder.path)
+        agreed(self.mesh.world, self._close_folder, "the run's folder")
+
+    def _close_folder(self) -> None:
+        path, progress = self.folder.path, self.progress
         if self.config.write_final_folder:
-            write_final_folder(self.model, self.folder.path)
-        progress = self.progress
+            whole = self.model if self.mesh.is_alone else CrossLayerTranscoder.from_pretrained(path, "cpu")
+            write_final_folder(whole, path)
         summary = {"seconds": progress.seconds, "tokens": progress.tokens_seen, "steps": progress.step}
         best = {"step": progress.best_step, "nmse": progress.best_nmse}
         self.folder.finish({**summary, "skipped_steps": self.engine.n_skipped, "best_held_out": best})
@@ -185,7 +222,7 @@ class CLTTrainer:
             values |= self._meet_target_l0()
         is_best = False
         if self.held_out is not None and (self.step % config.eval_interval == 0 or last):
-            held_out = self._measure_held_out()
+            held_out = self.mesh.world.tell(self._measure_held_out(), "held-out figures")
             is_best = self._note_best(held_out["held_out/nmse"])
             values |= held_out
         if self._fidelity is not None and (self.step % (config.fidelity_interval or 1) == 0 or last):
@@ -201,16 +238,16 @@ class CLTTrainer:
         self.engine.losses.sparsity_factor = self.progress.sparsity_factor
         result = self.engine.step(batch, self.step, self.dead.dead)
         if not result.skipped:
-            self.dead.update(result.fired, batch.n_tokens)
+            self.dead.update(result.fired, result.n_tokens)
             self._steer(result)
         self.progress.step += 1
-        self.progress.tokens_seen += batch.n_tokens
+        self.progress.tokens_seen += result.n_tokens
         return result
 
     def _steer(self, result: StepResult) -> None:
         """Move the sparsity weight towards the target L0, if there is one."""
         if self.config.sparsity_target_l0 is not None:
-            l0 = float(result.fired.sum()) / (result.n_tokens * self.clt_config.num_layers)
+            l0 = float(result.n_fired) / (result.n_tokens * self.clt_config.num_layers)
             self.progress.sparsity_factor = steered(self.config, self.progress.sparsity_factor, l0, self.step)
 
     def _meet_target_l0(self) -> dict[str, float]:
@@ -230,12 +267,12 @@ class CLTTrainer:
     # --- numbers ----------------------------------------------------------------------------------------------
 
     def _measure(self, result: StepResult) -> dict[str, float]:
-        layers = self.clt_config.num_layers
+        layers, n_features = self.clt_config.num_layers, self.clt_config.num_features
         values = {
             "loss": result.losses.total,
             **{name: getattr(result.losses, name) for name in Losses.__dataclass_fields__},
-            "l0": result.fired.sum() / (result.n_tokens * layers),
-            "dead": self.dead.dead.float().mean(),
+            "l0": int(result.n_fired) / (result.n_tokens * layers),
+            "dead": self.mesh.tp.sum_(self.dead.dead.float().sum(), "dead features") / (layers * n_features),
             "gradient_norm": result.gradient_norm,
         }
         numbers = {name: float(value) for name, value in values.items()}

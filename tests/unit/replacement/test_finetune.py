@@ -11,6 +11,7 @@ from clt.data.streaming import StreamingActivationStore
 from clt.errors import ConfigError, HostModelError, TrainingError
 from clt.lm import ModelAdapter
 from clt.models import CrossLayerTranscoder
+from clt.parallel.mesh import mesh_of_one
 from clt.replacement import ReplacementModel
 from clt.replacement.finetune import FinetuneConfig, Finetuner, end_to_end_loss
 from clt.scripts.finetune import measure
@@ -47,7 +48,7 @@ def fresh(adapter, samples, family="topk"):
         lambda epoch: iter([adapter.capture(adapter.prepare(samples[:64]))]),
         batch_size_tokens=256, buffer_tokens=256, statistics_tokens=256,
     )  # fmt: skip
-    model = build_model(config, store, torch.device("cpu"), seed=0)
+    model = build_model(config, store, mesh_of_one("cpu"), seed=0)
     if family == "batchtopk":
         model.forward_training(next(store).inputs.float())
     return ReplacementModel(adapter, model)

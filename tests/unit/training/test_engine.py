@@ -57,7 +57,7 @@ MATRICES = {"W_enc", "W_dec", "W_skip", "U_dec", "V_dec"}
 def test_weight_decay_reaches_matrices_and_nothing_else(shape):
     config = CLTConfig(num_features=24, num_layers=3, d_model=8, activation_fn="jumprelu", **shape)
     model = CrossLayerTranscoder(config)
-    optimizer = build_optimizer(model, TrainingConfig(optimizer="adamw", weight_decay=0.1), 24)
+    optimizer = build_optimizer(dict(model.named_parameters()), TrainingConfig(optimizer="adamw", weight_decay=0.1), 24)
     decay = {parameter: group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
         assert decay[parameter] == (0.1 if name.split(".")[0] in MATRICES else 0.0), name
