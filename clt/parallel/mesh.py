@@ -17,6 +17,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.rendezvous import rendezvous
 
 from clt.errors import ConfigError, ParallelError
 from clt.parallel.collectives import Group, Traffic
@@ -163,12 +164,15 @@ def _device_of(local_rank: int, device: torch.device | str | None) -> torch.devi
 
 
 def _connect(device: torch.device, rank: int, world: int, timeout_seconds: float) -> None:
+    limit = timedelta(seconds=timeout_seconds)
     try:
+        store, _, _ = next(rendezvous("env://", rank, world, timeout=limit))
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore(_life(), store),
             rank=rank,
             world_size=world,
-            timeout=timedelta(seconds=timeout_seconds),
+            timeout=limit,
             device_id=device if device.type == "cuda" else None,
         )
     except RuntimeError as error:
@@ -178,6 +182,16 @@ def _connect(device: torch.device, rank: int, world: int, timeout_seconds: float
             f"{str(error).splitlines()[0]}\nAre all machines started, with the same --nnodes and --rdzv-endpoint, and "
             "is that port open between them?"
         ) from error
+
+
+def _life() -> str:
+    """Which life of the ranks this is, where torchrun started them again on one machine.
+
+    With a fixed --master-port its store outlives them, and would lead to the dead ones' addresses. (Over several
+    machines --rdzv-backend c10d makes a new store each time, and machines may count their restarts differently.)
+    """
+    is_one_machine = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    return f"life {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if is_one_machine else 0}"
 
 
 def _mesh(shape: tuple[int, int], device: torch.device, timeout_seconds: float) -> Mesh:
