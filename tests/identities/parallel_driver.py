@@ -210,7 +210,7 @@ def resume(data, out, first, *others):
 def stop(data, out, how):
     """Two parts are stopped after step 7 in some way, leave what they say, and are started again.
 
-    signal: rank 1 gets SIGTERM. silence: rank 1 does nothing for 10 seconds, longer than the others wait. death: rank 1
+    signal: rank 1 gets SIGTERM. silence: rank 1 does nothing for 15 seconds, longer than the others wait. death: rank 1
     kills itself.
     """
     folder, case = Path(out), "topk"
@@ -220,12 +220,12 @@ def stop(data, out, how):
         try:
             for step in trainer.steps():
                 if mesh.rank == 1 and step == 7:
-                    {"signal": interrupt, "silence": lambda: time.sleep(10), "death": die}[how]()
+                    {"signal": interrupt, "silence": lambda: time.sleep(15), "death": die}[how]()
         except (ParallelError, KeyboardInterrupt) as error:
             said = {"type": type(error).__name__, "text": str(error), "step": trainer.step}
             (folder / f"said_{mesh.rank}.json").write_text(json.dumps(said))
 
-    group(2, 1, begin, timeout=3.0)
+    group(2, 1, begin, timeout=8.0 if how == "silence" else 100.0)
     run("tp2dp1", lambda mesh: trainer_of(data, folder, case, mesh).train())
 
 
