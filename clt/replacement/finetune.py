@@ -130,6 +130,7 @@ class Finetuner:
         self.config, self.samples = config, samples
         self.training = config.training()
         self.losses = LossManager(self.training)
+        self._named = dict(self.model.named_parameters())
         self.optimizer = build_optimizer(self._named, self.training, self.model.config.num_features)
         self.folder = RunFolder(folder)
         self.step = 0
