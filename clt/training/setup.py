@@ -145,6 +145,7 @@ def require_parallel(training: TrainingConfig, mesh: Mesh) -> None:
     for name, odd, why in (
         ("precision", "fp16", "whose loss scale each rank would set on its own; use bf16"),
         ("optimizer", "adamw8bit", "whose blocks of quantised moments cannot be cut into slices; use adamw"),
+        ("optimizer_state", "bf16", "whose rounding each rank would draw on its own; use fp32"),
         ("optimizer_in_backward", True, "which takes a step before the ranks have added up their gradients"),
         ("torch_compile", True, "which cannot compile what ranks tell each other"),
     ):

@@ -89,8 +89,8 @@ def test_a_run_gone_on_with_takes_the_same_steps(streams):
     first, second = engine(**options), engine(**options)
     losses(first, range(3))
     second.model.load_state_dict(first.model.state_dict())
-    saved = {name: value.clone() for name, value in optimizer_tensors(first.optimizer, first.model).items()}
-    restore_optimizer(second.optimizer, second.model, saved)
+    saved = {name: value.clone() for name, value in optimizer_tensors(first.optimizer, first.owned.parameters).items()}
+    restore_optimizer(second.optimizer, second.owned.parameters, saved)
     losses(second, range(3, 6))
     for (name, one), other in zip(whole.model.named_parameters(), second.model.parameters(), strict=True):
         assert torch.equal(one, other), name
@@ -101,7 +101,7 @@ def test_the_seed_decides_the_rounding():
     for seed in (1, 1, 2):
         one = engine(seed=seed)
         losses(one, range(2))
-        moments.append(optimizer_tensors(one.optimizer, one.model)["W_dec.0/exp_avg_sq"])
+        moments.append(optimizer_tensors(one.optimizer, one.owned.parameters)["W_dec.0/exp_avg_sq"])
     assert moments[0].dtype == torch.bfloat16
     assert torch.equal(moments[0], moments[1])
     assert not torch.equal(moments[0], moments[2])
@@ -109,7 +109,7 @@ def test_the_seed_decides_the_rounding():
 
 def test_it_saves_four_bytes_per_weight_and_is_no_8_bit_optimiser():
     config, half = CLTConfig(num_features=1000, num_layers=2, d_model=64), TrainingConfig(optimizer_state="bf16")
-    assert isinstance(build_optimizer(model(), half, 24), HalfAdam)
+    assert isinstance(build_optimizer(dict(model().named_parameters()), half, 24), HalfAdam)
     saved = predicted_bytes(config, TrainingConfig(), 512, "dense") - predicted_bytes(config, half, 512, "dense")
     assert saved == 4 * sum(p.numel() for p in CrossLayerTranscoder(config).parameters())
     with pytest.raises(ConfigError, match="optimizer_state = 'bf16' does not go with optimizer = 'adamw8bit'"):
