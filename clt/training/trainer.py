@@ -113,8 +113,7 @@ class CLTTrainer:
         self.checkpoints = Checkpoints(self.folder, self.engine, self.dead, self.store, self.progress)
         self._waited = self._worked = 0.0
         """Seconds spent on getting batches (from a stream: also on the host that makes them), and on steps."""
-        self._extra_trackers = trackers
-        self._shows_progress = shows_progress
+        self._extra_trackers, self._shows_progress = trackers, shows_progress
         self.was_finished = self.mesh.world.tell(self.folder.is_finished, "the run's folder")
         """The folder holds the result already; there is nothing to train."""
         if not self.was_finished:
