@@ -142,6 +142,11 @@ def require_parallel(training: TrainingConfig, mesh: Mesh) -> None:
     """
     if mesh.is_alone:
         return
+    if training.fidelity_interval is not None:
+        raise ConfigError(
+            f"TrainingConfig.fidelity_interval = {training.fidelity_interval} puts a transcoder into its host; "
+            f"none of {mesh.size} ranks holds all of it. Leave it out, and measure checkpoints with `clt fidelity`."
+        )
     for name, odd, why in (
         ("precision", "fp16", "whose loss scale each rank would set on its own; use bf16"),
         ("optimizer", "adamw8bit", "whose blocks of quantised moments cannot be cut into slices; use adamw"),

@@ -32,8 +32,8 @@ from clt.training.setup import (
     build_model,
     data_fingerprint,
     open_store,
-    require_parallel,
     require_measure,
+    require_parallel,
     require_penalty,
     require_same_shape,
 )
@@ -92,14 +92,10 @@ class CLTTrainer:
         require_measure(training_config, fidelity)
         self.clt_config, self.config = clt_config, training_config
         self.mesh, parallel = mesh or mesh_of_one(device), parallel or ParallelConfig()
-        self.device = self.mesh.device
         require_parallel(training_config, self.mesh)
         self.folder = RunFolder(log_dir)
         whole_batches = store if store is not None else open_store(training_config)
         require_same_shape(clt_config, whole_batches)
-        self.held_out = held_out
-        self.store = store if store is not None else open_store(training_config)
-        require_same_shape(clt_config, self.store)
         self.held_out, self._fidelity = held_out, fidelity
         self.progress = Progress()
         self._options = {"clt": clt_config.to_dict(), "training": training_config.to_dict(), **(details or {})}
@@ -111,14 +107,11 @@ class CLTTrainer:
             clt_config.num_layers, self.model.config.num_features, training_config.dead_feature_window, self.device
         )
         self.checkpoints = Checkpoints(self.folder, self.engine, self.dead, self.store, self.progress)
-        self._waited = self._worked = 0.0
-        """Seconds spent on getting batches (from a stream: also on the host that makes them), and on steps."""
+        self._waited = self._worked = 0.0  # seconds spent on getting batches, and on steps
         self._extra_trackers, self._shows_progress = trackers, shows_progress
         self.was_finished = self.mesh.world.tell(self.folder.is_finished, "the run's folder")
         """The folder holds the result already; there is nothing to train."""
         if not self.was_finished:
-        self._extra_trackers, self._shows_progress = trackers, shows_progress
-        if not self.folder.is_finished:
             self.checkpoints.restore(resume_step)
 
     def _begin(self, fingerprint: str) -> None:
@@ -129,6 +122,11 @@ class CLTTrainer:
             compared={"clt": clt.to_dict(), "training": training.affecting_the_result()},
             defaults={"clt": type(clt).defaults(), "training": type(training).defaults()},
         )
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return self.mesh.device
 
     @property
     def step(self) -> int:
