@@ -31,7 +31,7 @@ CASES = {
     "jumprelu": ({"activation_fn": "jumprelu", "jumprelu_reach": "all"}, {"preactivation_coef": 0.01}, {}),
     "jumprelu span, steered": (
         {"activation_fn": "jumprelu", "decoder_tying": "per_source", "enable_feature_scale": True},
-        {"sparsity_span_penalty": 0.5, "sparsity_target_l0": 3.0, "ema_decay": 0.9},
+        {"sparsity_span_penalty": 0.5, "sparsity_target_l0": 3.0, "sparsity_target_tokens": 0, "ema_decay": 0.9},
         {"shard_optimizer": True},
     ),
     "jumprelu low rank": ({"activation_fn": "jumprelu", "decoder_rank": 3}, {"sparsity_lambda": 0.1}, {}),
