@@ -11,11 +11,12 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from clt.models.activations import topk_indices
+
 
 def topk(h: Tensor, scale: Tensor | None, k: int) -> tuple[Float[Tensor, "token k"], Integer[Tensor, "token k"]]:
-    """The k entries of each token with the largest h * scale: their h and their features, by feature."""
-    scores = h if scale is None else h * scale
-    features = scores.topk(k, dim=1, sorted=False).indices.sort(1).values
+    """The k entries of each token with the largest h * scale (of equals the first): their h and their features."""
+    features = topk_indices(h if scale is None else h * scale, k).sort(1).values
     return h.gather(1, features), features
 
 
