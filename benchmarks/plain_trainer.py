@@ -40,7 +40,7 @@ class PlainTranscoder(nn.Module):
         """Length of each feature's decoder over all its targets."""
         squares = [torch.zeros_like(bias) for bias in self.b_enc]
         for (source, _), weight in zip(self.pairs, self.W_dec, strict=True):
-            squares[source] = squares[source] + weight.float().square().sum(1)
+            squares[source] = squares[source] + weight.square().sum(1)
         return [square.sqrt() for square in squares]
 
     def activate(self, h: list[Tensor], norms: list[Tensor]) -> list[Tensor]:
@@ -60,13 +60,14 @@ class PlainTranscoder(nn.Module):
 
     def loss(self, batch: ActivationBatch, config: TrainingConfig, step: int) -> Tensor:
         """Reconstruction, sparsity and pre-activation terms, as in clt/training/losses.py."""
-        x, y, norms = batch.inputs.float(), batch.targets.float(), self.norms()
+        dtype = self.b_dec.dtype
+        x, y, norms = batch.inputs.to(dtype), batch.targets.to(dtype), self.norms()
         h = [torch.addmm(bias, each, weight.T) for each, weight, bias in zip(x, self.W_enc, self.b_enc, strict=True)]
         features = self.activate(h, norms)
         predicted = [self.b_dec[t].expand_as(y[t]) for t in range(len(y))]
         for (source, target), weight in zip(self.pairs, self.W_dec, strict=True):
             predicted[target] = predicted[target] + features[source] @ weight
-        error = torch.stack([(y[t] - predicted[t].float()).square().sum(1).mean() for t in range(len(y))])
+        error = torch.stack([(y[t] - predicted[t].to(dtype)).square().sum(1).mean() for t in range(len(y))])
         total = (error / self.target_variance).sum()
         if self.config.activation_fn in ("relu", "jumprelu"):
             price = [(config.sparsity_c * n * a).tanh().sum() for n, a in zip(norms, features, strict=True)]

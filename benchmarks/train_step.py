@@ -51,7 +51,8 @@ class Options:
 
     workload: Literal["S", "M", "V"] = "S"
     activation: Literal["relu", "jumprelu", "topk", "batchtopk"] = "jumprelu"
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    dtype: Literal["fp64", "fp32", "bf16"] = "fp32"
+    """fp64 is no option of training: it shows that two ways compute the same."""
     route: Literal["auto", "dense", "sparse", "plain"] = "auto"
     layers: int | None = None
     """Other than the workload's, for curves; the same for the next three."""
@@ -88,7 +89,7 @@ class Workbench:
         self.training = TrainingConfig(
             training_steps=1000,
             train_batch_size_tokens=self.size.tokens,
-            precision=options.dtype,
+            precision="bf16" if options.dtype == "bf16" else "fp32",
             route=options.route,
             learning_rate=1e-3,
             gradient_clip_val=None if options.in_backward else 1.0,
@@ -105,6 +106,7 @@ class Workbench:
         mean_std = [x for side in (first.inputs, first.targets) for x in (side.float().mean(1), side.float().std(1))]
         self.model.fit_standardisation(ActivationStatistics(*mean_std))
         self.model.fit_encoder_bias(first.inputs[:, :512], 0.05)
+        self.model.to(torch.float64 if options.dtype == "fp64" else torch.float32)
         self.engine = Engine(self.model, self.training)
         self.dead = torch.zeros(self.size.layers, self.size.features, dtype=torch.bool)
         self._plain: Any = None
@@ -152,7 +154,7 @@ class Workbench:
     def matmul_rates(self) -> tuple[float, float]:
         """Operations per second and per CPU second of the largest kind of product, by the faster library."""
         size = self.size
-        dtype = torch.bfloat16 if self.options.dtype == "bf16" else torch.float32
+        dtype = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}[self.options.dtype]
         width = min(size.layers * size.d_model, 4096)
         a, b = torch.randn(size.tokens, size.features).to(dtype), torch.randn(size.features, width).to(dtype)
         ways: list[Callable[[], Any]] = [lambda: torch.mm(a, b)]
