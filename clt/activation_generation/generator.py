@@ -64,7 +64,7 @@ class ActivationGenerator:
     Args:
         config: host, corpus, format and place.
         adapter: the host, if it is already loaded.
-        mesh: the ranks that share the work, each every n-th batch (docs/parallel.md); None: this process alone.
+        mesh: the ranks that share the work, each every n-th batch (docs/many-machines.md); None: this process alone.
     """
 
     def __init__(self, config: ActivationConfig, adapter: ModelAdapter | None = None, mesh: Mesh | None = None) -> None:

@@ -3,7 +3,7 @@
 clt attribute --model gpt2 --transcoder runs/gpt2 --prompt "The capital of France is"
 clt attribute --world two-hop
 clt attribute --model llava --transcoder runs/llava --image cat.jpg --prompt "USER: <image> What is it? ASSISTANT:"
-torchrun --nproc-per-node 4 -m clt attribute ...     the same graph by 4 processes (docs/parallel.md)
+torchrun --nproc-per-node 4 -m clt attribute ...     the same graph by 4 processes (docs/many-machines.md)
 """
 
 from __future__ import annotations

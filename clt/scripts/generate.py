@@ -2,7 +2,7 @@
 
 clt generate --model gpt2 --dataset monology/pile-uncopyrighted --target-total-tokens 2000000
 clt generate --model world:shapes --dataset world:shapes
-torchrun --nproc-per-node 8 -m clt generate ...     the same data set by 8 processes (docs/parallel.md)
+torchrun --nproc-per-node 8 -m clt generate ...     the same data set by 8 processes (docs/many-machines.md)
 """
 
 import sys
