@@ -149,7 +149,9 @@ class ActivationGenerator:
     def _make(self, publishers: Mapping[Split, Publisher | None]) -> None:
         self._share.require_same_count(list(self.splits.values()))
         adapter = self.host()
-        missing = {split: path for split, path in self.splits.items() if not (path / METADATA_FILE).exists()}
+        missing: dict[Split, Path] = {
+            split: path for split, path in self.splits.items() if not (path / METADATA_FILE).exists()
+        }
         with ExitStack() as stack:
             writers: dict[Split, ActivationWriter] = {
                 split: stack.enter_context(self._writer(split, folder, adapter, publishers[split]))
@@ -192,13 +194,14 @@ class ActivationGenerator:
 
     def _load_host(self) -> ModelAdapter:
         config = self.config
+        placed: dict[str, Any] = {} if config.device_map is None else {"device_map": config.device_map}
         return ModelAdapter.from_pretrained(
             host_path(config.model_name),
             dtype=config.model_dtype,
             device=self._share.device(config),
             input_template=config.mlp_input_module_path_template,
             output_template=config.mlp_output_module_path_template,
-            **({} if config.device_map is None else {"device_map": config.device_map}),
+            **placed,
         )
 
     def _writer(
