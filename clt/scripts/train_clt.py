@@ -10,6 +10,7 @@ run goes through the data as often as its steps need.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from typing import Any, Literal
 
 from clt.config import CLTConfig, TrainingConfig
 from clt.errors import ConfigError
+from clt.parallel.mesh import is_launched
 from clt.scripts import train
 from clt.training.setup import open_store
 
@@ -213,16 +215,23 @@ def _fill_in_share(options: Options) -> Options:
     return replace(options, batchtopk_k=options.batchtopk_frac * options.num_features * layers)
 
 
+def _check_ranks(options: Options) -> None:
+    """Ranks are torchrun's to start; they must be told one folder, since each would take the time of its own start."""
+    if options.distributed and "WORLD_SIZE" not in os.environ:
+        raise ConfigError(
+            "--distributed, but nothing started several ranks (WORLD_SIZE is not set). "
+            "Start them: torchrun --nproc-per-node N scripts/train_clt.py ... --distributed; or leave the flag out."
+        )
+    if is_launched() and options.output_dir is None and options.resume_from_checkpoint_dir is None:
+        raise ConfigError(f"{os.environ['WORLD_SIZE']} ranks need one folder for the run: give --output-dir.")
+
+
 def main(options: Options) -> None:
     """Train as `clt train` does, and say which flags did nothing."""
     for name, why in _DEAD.items():
         if getattr(options, name):
             sys.stderr.write(f"note: --{name.replace('_', '-')} has no effect: {why}.\n")
-    if options.distributed:
-        raise ConfigError(
-            "--distributed: this launcher trains in one process. Leave the flag out; one GPU with --precision bf16 "
-            "and micro-batches (`clt train --micro-batch-tokens`) holds what the seed spread over several."
-        )
+    _check_ranks(options)
     resume = options.resume_from_checkpoint_dir
     if resume is not None:
         train.main(train.Options(resume=resume, resume_step=options.resume_step, device=options.device))

@@ -8,12 +8,14 @@ import warnings
 import pytest
 import torch
 import tyro
+from safetensors.torch import load_file
 
 from clt.config import CLTConfig
 from clt.data.codecs import Codec
 from clt.data.maintenance import convert
 from clt.models import CrossLayerTranscoder
 from clt.scripts import train_clt
+from tests import ranks
 from tests.contracts.serving import serving
 from tests.promises.commands import run_script, smaller, words
 from tests.tiny_data import store_of, write_data
@@ -232,10 +234,38 @@ def test_families_by_the_seeds_flags(here, monkeypatch, choice):
     assert kept == pytest.approx(7.2 if "frac" in choice else 6)
 
 
-def test_a_distributed_run_is_refused(here, monkeypatch, capsys):
+def test_a_distributed_run_needs_torchrun_and_a_folder(here, monkeypatch, capsys):
+    command = [*smaller(words(LOCAL), **SMALL), "--distributed"]
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(SystemExit):
-        run_script(monkeypatch, "train_clt.py", [*smaller(words(LOCAL), **SMALL), "--distributed"])
-    assert "one process" in capsys.readouterr().err
+        run_script(monkeypatch, "train_clt.py", command)
+    assert "torchrun --nproc-per-node" in capsys.readouterr().err
+    place = command.index("--output-dir")
+    for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        run_script(monkeypatch, "train_clt.py", command[:place] + command[place + 2 :])
+    assert "2 ranks need one folder" in capsys.readouterr().err
+
+
+def distributed_command(arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "wandb", FakeService("wandb"))
+        run_script(patch, "train_clt.py", arguments)
+
+
+def test_a_distributed_run_gives_one_process_s_weights(here, monkeypatch):
+    arguments = smaller(words(LOCAL), **SMALL)
+    run_script(monkeypatch, "train_clt.py", arguments)
+    shared = [*smaller(arguments, output_dir="of-two"), "--distributed"]
+    context = ranks.context_with("clt.scripts.train_clt")
+    assert ranks.run_ranks(context, 2, distributed_command, shared, log=here / "log") == [0, 0]
+    alone, together = (load_file(here / name / "clt.safetensors") for name in ("clt_output_local", "of-two"))
+    assert alone.keys() == together.keys()
+    for name, tensor in alone.items():
+        torch.testing.assert_close(together[name], tensor, rtol=1e-3, atol=1e-5)
 
 
 def small_snippet(text):
