@@ -147,11 +147,6 @@ def require_parallel(training: TrainingConfig, mesh: Mesh) -> None:
             f"TrainingConfig.fidelity_interval = {training.fidelity_interval} puts a transcoder into its host; "
             f"none of {mesh.size} ranks holds all of it. Leave it out, and measure checkpoints with `clt fidelity`."
         )
-    if training.sparsity_target_l0 is not None and training.sparsity_target_tokens > 0:
-        raise ConfigError(
-            f"TrainingConfig.sparsity_target_tokens = {training.sparsity_target_tokens} scales thresholds by an L0 "
-            f"that none of {mesh.size} ranks can count alone. Set it to 0; the penalty is still steered to the target."
-        )
     for name, odd, why in (
         ("precision", "fp16", "whose loss scale each rank would set on its own; use bf16"),
         ("optimizer", "adamw8bit", "whose blocks of quantised moments cannot be cut into slices; use adamw"),

@@ -255,7 +255,7 @@ class CLTTrainer:
             return {}
         if average is not None:
             average.adopt()
-        factor, counted = factor_for_l0(self.model, self.store, target, n_tokens)
+        factor, counted = factor_for_l0(self.model, self.store, target, n_tokens, self.mesh)
         scale_thresholds(self.model, factor)
         if average is not None:
             average.restore({name: value.detach() for name, value in self.model.named_parameters()})

@@ -31,7 +31,7 @@ CASES = {
     "jumprelu": ({"activation_fn": "jumprelu", "jumprelu_reach": "all"}, {"preactivation_coef": 0.01}, {}),
     "jumprelu span, steered": (
         {"activation_fn": "jumprelu", "decoder_tying": "per_source", "enable_feature_scale": True},
-        {"sparsity_span_penalty": 0.5, "sparsity_target_l0": 3.0, "sparsity_target_tokens": 0, "ema_decay": 0.9},
+        {"sparsity_span_penalty": 0.5, "sparsity_target_l0": 1.5, "sparsity_target_tokens": 300, "ema_decay": 0.9},
         {"shard_optimizer": True},
     ),
     "jumprelu low rank": ({"activation_fn": "jumprelu", "decoder_rank": 3}, {"sparsity_lambda": 0.1}, {}),
@@ -105,8 +105,9 @@ def trainer_of(data, folder, case, mesh, trackers=(), steps=12, **more):
         parallel=ParallelConfig(**parallel),
     )
     if case.startswith("jumprelu") and trainer.step == 0:
-        # Biases were set from tokens that come again: their h would lie on the threshold to the last bit, where the
-        # order of a sum decides whether a feature jumps.
+        # Biases were set from 8,192 tokens, here 600 that come again and again, so that a quantile of h is one of its
+        # values: for some tokens h equals the threshold to the last bit, and the order of a sum decides whether a
+        # feature jumps.
         with torch.no_grad():
             for log_threshold in trainer.model.log_threshold:
                 log_threshold += 0.01
