@@ -94,7 +94,7 @@ class RunFolder:
         old = self.record()
         if old is None:
             record = {"options": options, "data": data, "versions": versions(), "commit": commit(), "finished": False}
-            self._write({**record, "command": sys.argv})
+            self._write({**record, "command": _without_tokens(sys.argv)})
             return
         differences = list(_differences(_like(old, new, {"options": defaults or {}}), json.loads(json.dumps(new))))
         if differences:
@@ -138,6 +138,17 @@ class RunFolder:
         """Delete what a kill in the middle of writing or deleting left behind."""
         for leftover in (self.path / "checkpoints").glob(".step_*"):
             shutil.rmtree(leftover)
+
+
+def _without_tokens(words: list[str]) -> list[str]:
+    """A command line to keep: run folders are shared, so the value of a flag like --server-token is not in it."""
+    kept, hides_next = [], False
+    for word in words:
+        flag, is_joined, _ = word.partition("=")
+        is_secret = flag.startswith("--") and flag.endswith("token")
+        kept.append("***" if hides_next else f"{flag}=***" if is_secret and is_joined else word)
+        hides_next = is_secret and not is_joined
+    return kept
 
 
 def step_of(checkpoint: Path) -> int:
