@@ -21,7 +21,7 @@ from clt.training.plan import Assumptions, Plan, plan_run
 from clt.training.remedies import Remedy, remedies
 
 # Stand for the host's sizes while flags are parsed; `main` puts the real ones in.
-_UNKNOWN_LAYERS, _UNKNOWN_WIDTH = 1_000_000, 1
+_UNKNOWN_LAYERS, _UNKNOWN_WIDTH = 1_000_000, 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)

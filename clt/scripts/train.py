@@ -34,7 +34,7 @@ from clt.training.trainer import CLTTrainer
 from clt.types import ActivationBatch
 
 # Stand for the data's own sizes while flags are parsed; `main` puts the real ones in.
-UNKNOWN_LAYERS, UNKNOWN_WIDTH = 1_000_000, 1
+UNKNOWN_LAYERS, UNKNOWN_WIDTH = 1_000_000, 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
