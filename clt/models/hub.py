@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from httpx import HTTPError
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from clt import __version__
-from clt.config import CLTConfig
+from clt.config import CLTConfig, TrainingConfig
 from clt.config.base import write_text_atomically
+from clt.config.flags import flags_of
+from clt.config.training_config import BOOKKEEPING
 from clt.errors import CheckpointError, ConfigError
 from clt.models.checkpoint import CONFIG, WEIGHTS
 
@@ -27,6 +29,10 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 # What transcoders consist of; other files of a repository are not downloaded.
 _WANTED = ("*.safetensors", "*.json", "*.yaml", "*.npz", "*.pt")
 _CARD = "README.md"
+# Fields of the transcoder that a training takes from its activations.
+_DECIDED_BY_DATA = frozenset(
+    {"num_layers", "d_model", "model_name", "expected_input_dtype", "mlp_input_template", "mlp_output_template"}
+)
 
 
 def local_folder(path_or_repo: str | Path, revision: str | None = None) -> Path:
@@ -114,23 +120,65 @@ def model_card(folder: Path, name: str, license: str | None = None) -> str:
         "Layers, features per layer": f"{config.num_layers}, {config.num_features:,}",
         "Activation": config.activation_fn,
         "A feature writes to": f"{config.span} MLP outputs, from {start} layer on",
-        "Data": str(run.get("data") or run.get("options", {}).get("data") or "not recorded"),
-        "Made with": f"crosslayer {run.get('version', __version__)}",
+        "Data": _data(run),
+        "Made with": ", ".join(f"{key} {value}" for key, value in run.get("versions", {}).items()) or "not recorded",
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     use = f'from clt.models import CrossLayerTranscoder\n\ntranscoder = CrossLayerTranscoder.from_pretrained("{name}")'
     parts = ["\n".join([*header, "---"]), f"# {name}", "A cross-layer transcoder.", f"| | |\n|---|---|\n{table}"]
-    parts += [_measured(folder), f"```python\n{use}\n```"]
+    parts += [_measured(folder), f"```python\n{use}\n```", _made_again(run)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _data(run: dict[str, Any]) -> str:
+    """Where the activations were, and what identifies them."""
+    training = run.get("options", {}).get("training", {})
+    places = [training.get(name) for name in ("activation_path", "server_url", "dataset_id")]
+    fingerprint = run.get("data", {}).get("fingerprint")
+    found = [str(place) for place in places if place] + ([f"fingerprint {fingerprint}"] if fingerprint else [])
+    return ", ".join(found) or "not recorded"
+
+
+def training_command(run: dict[str, Any]) -> list[str] | None:
+    """The words of the command that trains the same weights again; None if a run.json is not of a training.
+
+    Only options that decide the result and differ from the defaults of this version are named.
+    """
+    options = run.get("options", {})
+    if "clt" not in options or "training" not in options:
+        return None
+    clt, training = CLTConfig.from_dict(options["clt"]), TrainingConfig.from_dict(options["training"])
+    places = {
+        "--data": training.activation_path,
+        "--server-url": training.server_url,
+        "--dataset-id": training.dataset_id,
+        "--held-out": options.get("held_out"),
+    }
+    words = ["clt", "train", "--output-dir", "runs/again"]
+    words += [word for flag, place in places.items() if place for word in (flag, place)]
+    words += flags_of(clt, _DECIDED_BY_DATA)
+    return words + flags_of(training, BOOKKEEPING | {"normalization_method"})  # the latter is in `clt`, too
+
+
+def _made_again(run: dict[str, Any]) -> str:
+    """How to train it again."""
+    command, typed = training_command(run), run.get("command", [])
+    if command is not None:
+        shown = " ".join(f"\\\n  {each}" if each.startswith("--") else each for each in map(shlex.quote, command))
+        ways = f"```sh\n{shown}\n```\n\nor, with every option written out, `clt train --config run.json`."
+        return f"The same weights, with the data at hand, are trained by\n\n{ways}"
+    if typed and Path(typed[0]).name in ("clt", "__main__.py"):
+        return f"It was made by\n\n```sh\n{shlex.join(['clt', *typed[1:]])}\n```"
+    return "How it was made is not recorded beside the weights."
 
 
 def _measured(folder: Path) -> str:
     """The held-out figures, if they were measured."""
     found = _json(folder / "evaluation.json")
-    names = [name for name in ("nmse", "explained_variance", "l0", "dead", "n_tokens") if name in found]
+    names = [name for name in ("nmse", "explained_variance", "l0", "dead_share", "n_tokens") if name in found]
     if not names:
         return "No held-out evaluation lies beside the weights (`clt evaluate`)."
-    rows = "\n".join(f"| {name} | {found[name]:.4g} |" for name in names)
+    rows = "\n".join(f"| {name} | {found[name]:{',' if name == 'n_tokens' else '.4g'}} |" for name in names)
     return f"Held-out tokens:\n\n| | |\n|---|---|\n{rows}"
 
 

@@ -1,4 +1,4 @@
-"""Put a transcoder on the Hugging Face Hub, with a card of what its files say (host, data, held-out figures).
+"""Put a transcoder on the Hugging Face Hub, with a card of what its files say: host, data, figures, training command.
 
 The token is the environment's HF_TOKEN or the saved login; it is never printed. Without --yes nothing is sent: the card
 is written and shown.
@@ -15,6 +15,7 @@ from typing import Annotated
 import tyro
 
 from clt.config.base import write_text_atomically
+from clt.errors import ConfigError
 from clt.models.hub import model_card, push_folder
 
 
@@ -40,6 +41,11 @@ def main(options: Options) -> None:
     card = folder / "README.md"
     if not card.exists():
         write_text_atomically(card, model_card(folder, options.repo, options.license))
+    elif options.license and f"license: {options.license}" not in card.read_text().splitlines():
+        raise ConfigError(
+            f"{card} is there already and does not say `license: {options.license}`. Write that into its head (between "
+            "the lines of ---), or delete it to have a new one generated."
+        )
     if not options.yes:
         print(card.read_text())
         print(f"Nothing was uploaded. Edit {card} if you like, then run again with --yes.")

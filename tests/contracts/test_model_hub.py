@@ -4,6 +4,8 @@ import base64
 import hashlib
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,8 +14,10 @@ from threading import Thread
 import pytest
 import torch
 
+from clt.__main__ import main
 from clt.models import CrossLayerTranscoder
 from tests.identities.test_foreign_formats import random_clt
+from tests.tiny_data import write_data
 
 REPO, TOKEN = "someone/tiny-clt", "hf_secret"
 
@@ -139,6 +143,51 @@ def test_pushed_and_fetched_it_is_the_same_and_an_old_revision_stays(hub, tmp_pa
         again = CrossLayerTranscoder.from_pretrained(tmp_path / f"fetched{number}")
         for one, other in zip(models[number - 1].parameters(), again.parameters(), strict=True):
             assert torch.equal(one, other)
+
+
+def test_the_card_holds_the_command_that_trains_the_same_weights(hub, tmp_path):
+    for split in ("train", "held_out"):
+        write_data(tmp_path / "my data" / split)
+    options = "--num-features 16 --activation-fn topk --topk-k 4 --training-steps 3 --gradient-clip-val None --seed 7"
+    given = ["train", "--data", str(tmp_path / "my data"), "--output-dir", str(tmp_path / "run")]
+    main([*given, *options.split(), "--no-write-final-folder", "--log-interval", "1"])
+    main(["evaluate", "--clt", str(tmp_path / "run"), "--data", str(tmp_path / "my data"), "--no-plots"])
+    flags = ["--clt", tmp_path / "run", "--repo", REPO, "--license", "mit"]
+    assert clt(hub, tmp_path / "home", "push", *flags, "--yes").returncode == 0
+    card = hub.commits[0]["README.md"].decode()
+    assert "license: mit" in card
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert f"| Data | {tmp_path / 'my data' / 'train'}, fingerprint {record['data']['fingerprint']} |" in card
+    measured = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert f"| nmse | {measured['nmse']:.4g} |" in card
+    assert f"| dead_share | {measured['dead_share']:.4g} |" in card
+
+    command = shlex.split(re.search(r"```sh\n(.*?)\n```", card, re.S)[1].replace("\\\n", ""))
+    assert command[:4] == ["clt", "train", "--output-dir", "runs/again"]
+    assert "--log-interval" not in command, "it does not decide the result"
+    command[3] = str(tmp_path / "again")
+    main(command[1:])
+    first, again = ((tmp_path / name / "clt.safetensors").read_bytes() for name in ("run", "again"))
+    assert first == again
+
+    refused = clt(hub, tmp_path / "home", "push", *flags[:-1], "apache-2.0", "--yes")
+    assert refused.returncode == 2
+    assert "does not say `license: apache-2.0`" in refused.stderr
+    assert len(hub.commits) == 1
+
+
+def test_a_token_given_as_a_flag_is_not_in_what_is_uploaded(tmp_path, monkeypatch):
+    data = write_data(tmp_path / "data")
+    for number, given in enumerate((["--server-token", "secret"], ["--server_token=secret"])):
+        run = tmp_path / str(number)
+        options = "train --num-features 8 --activation-fn topk --topk-k 2 --training-steps 2 --output-dir"
+        words = ["clt", *options.split(), str(run), "--data", str(data), *given]
+        monkeypatch.setattr(sys, "argv", words)
+        main()
+        record = (run / "run.json").read_text()
+        assert "secret" not in record
+        assert "***" in record
+        assert str(data) in json.loads(record)["command"]
 
 
 def test_what_goes_wrong_is_said_and_nothing_is_kept(hub, tmp_path):
