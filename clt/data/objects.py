@@ -1,5 +1,6 @@
 """Rows in an object store or behind a web server, read by ranges: `s3://`, `gs://`, `az://`, `hf://`, `http(s)://`."""
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Sequence
@@ -59,6 +60,8 @@ class _ObjectStore:
         return [bytes(block) for block in obstore.get_ranges(self._store, name, starts=starts, ends=ends)]
 
 
+# Per request of a checksum; what it needs in memory.
+_BLOCK_BYTES = 16 * 2**20
 _ERRORS = (BaseError, *HUB_ERRORS)
 
 
@@ -113,13 +116,40 @@ class ObjectSource(ShardSource):
             return read_statistics(path, info.num_layers, info.d_model, self.metadata.total_tokens)
 
     def verify(self) -> None:
-        """Compare the size of every shard; stores keep checksums of their own.
+        """Read every shard, a block at a time, and compare its size and its SHA-256.
 
         Raises:
-            DatasetError: naming each shard that is missing or of another size.
+            DatasetError: naming the first shard that is missing, of another size, or changed.
+        """
+        self.verify_sizes()
+        for record in self.metadata.shards:
+            if record.sha256 is None:
+                continue
+            found = self._sha256(record.file, self.layout.file_bytes(record.tokens))
+            if found != record.sha256:
+                raise DatasetError(
+                    f"{self.url}/{record.file} has the SHA-256 {found}, {METADATA_FILE} says {record.sha256}.\n"
+                    "It was changed or damaged after it was written. Copy it again, or generate the data set anew."
+                )
+
+    def verify_sizes(self) -> None:
+        """Compare the size of every shard, which asks for no rows.
+
+        Raises:
+            DatasetError: naming the first shard that is missing or of another size.
         """
         for shard in range(len(self.metadata.shards)):
             self._require_whole(shard)
+
+    def _sha256(self, name: str, size: int) -> str:
+        digest = hashlib.sha256()
+        for start in range(0, size, _BLOCK_BYTES):
+            try:
+                (block,) = self._place.ranges(name, [start], [min(start + _BLOCK_BYTES, size)])
+            except _ERRORS as error:
+                raise DatasetError(f"{self.url}/{name} cannot be read ({_first_line(error)}).") from None
+            digest.update(block)
+        return digest.hexdigest()
 
     def _require_whole(self, shard: int) -> None:
         # Also because obstore panics at ranges beyond the end of an object.

@@ -2,6 +2,7 @@
 
 clt data info DIR
 clt data verify DIR
+clt data verify hf://datasets/OWNER/NAME/FOLDER
 clt data convert DIR --output OTHER --output-format hdf5
 """
 
@@ -13,6 +14,8 @@ import tyro
 
 from clt.data import maintenance
 from clt.data.codecs import Codec
+from clt.data.objects import ObjectSource, is_url
+from clt.errors import ConfigError
 
 Folder = Annotated[Path, tyro.conf.Positional]
 
@@ -33,13 +36,28 @@ class Info:
 class Verify:
     """Check every shard against the manifest and its checksum."""
 
-    folder: Folder
+    folder: Annotated[str, tyro.conf.Positional]
+    """A folder, or the address of one (s3://, gs://, az://, https://, hf://datasets/...), which is read as a stream."""
+    sizes_only: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Of an address: compare sizes, not checksums, so that nothing need be read."""
 
     def run(self) -> None:
         """Print how much was compared; damage is an error."""
+        if is_url(self.folder):
+            self._run_remote()
+            return
+        if self.sizes_only:
+            raise ConfigError(f"--sizes-only is for addresses; {self.folder} is a folder here, which is read quickly.")
         for part in maintenance.parts_of(self.folder):
             n_checksums = maintenance.verify(part)
             print(f"{part}: sizes and types agree with the manifest, {n_checksums} checksums agree.")
+
+    def _run_remote(self) -> None:
+        source = ObjectSource(self.folder)
+        (source.verify_sizes if self.sizes_only else source.verify)()
+        shards = source.metadata.shards
+        n_checksums = 0 if self.sizes_only else sum(shard.sha256 is not None for shard in shards)
+        print(f"{self.folder}: the sizes of {len(shards)} shards agree, {n_checksums} checksums agree.")
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,16 @@ def test_batches_of_a_private_repository_are_those_of_the_folder_and_read_by_ran
     assert len(handler.ranges) > 8
 
 
+def test_one_damaged_byte_on_the_hub_is_noticed(hub, tmp_path):
+    shard = sorted((tmp_path / "hub" / FOLDER).glob("shard_*"))[-1]
+    data = bytearray(shard.read_bytes())
+    data[-5] ^= 1
+    shard.write_bytes(data)
+    answer = read(hub[0], f"hf://datasets/{REPOSITORY}@{REVISION}/{FOLDER}", tmp_path / "found.pt")
+    assert answer.returncode == 1
+    assert f"{shard.name} has the SHA-256" in answer.stderr
+
+
 @pytest.mark.parametrize(("path", "token"), [("nowhere", "hf_secret"), (FOLDER, "hf_wrong")])
 def test_a_missing_folder_or_a_wrong_token_is_said(hub, tmp_path, path, token):
     url = f"hf://datasets/{REPOSITORY}@{REVISION}/{path}"

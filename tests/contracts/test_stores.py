@@ -12,6 +12,7 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
+from clt.__main__ import main
 from clt.data import ActivationWriter, DatasetInfo, LocalActivationStore, RemoteActivationStore
 from clt.data.client import ServerClient
 from clt.data.codecs import Codec
@@ -251,3 +252,25 @@ def test_object_stores_that_lack_something_say_so(root, tmp_path):
         store.verify()
     with pytest.raises(DatasetError, match=r"shard_00001"):
         next(store)
+
+
+@pytest.mark.parametrize("place", ["file", "http"])
+def test_one_damaged_byte_at_an_address_is_noticed(root, web, monkeypatch, capsys, place):
+    monkeypatch.setattr("clt.data.objects._BLOCK_BYTES", 1000)
+    copy = root / f"damaged_{place}"
+    shutil.copytree(root / "org" / "set", copy)
+    url = f"file://{copy}" if place == "file" else f"{web}/{copy.name}"
+    main(["data", "verify", url])
+    assert "the sizes of 3 shards agree, 3 checksums agree" in capsys.readouterr().out
+    shard = LocalActivationStore(copy).metadata.shards[1]
+    data = bytearray((copy / shard.file).read_bytes())
+    data[-5] ^= 1
+    (copy / shard.file).write_bytes(data)
+    main(["data", "verify", url, "--sizes-only"])
+    assert "the sizes of 3 shards agree, 0 checksums" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        main(["data", "verify", url])
+    assert stopped.value.code == 2
+    assert f"{shard.file} has the SHA-256" in capsys.readouterr().err
+    with pytest.raises(DatasetError, match="says"):
+        LocalActivationStore(url).verify()
