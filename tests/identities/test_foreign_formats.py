@@ -71,6 +71,23 @@ def test_their_formula_is_what_ours_computes(name, tmp_path):
         assert torch.equal(one, other), key
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_clt_import_reads_a_set_with_and_without_a_list_of_files(named, tmp_path):
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    forward, x = foreign.per_layer(theirs, "circuit-tracer"), inputs()
+    config = {"model_kind": "transcoder_set", "model_name": "tiny", "feature_input_hook": "mlp.hook_in"}
+    if named:
+        files = [
+            (theirs / f"layer_{i}.safetensors").rename(theirs / f"part-{9 - i}.safetensors") for i in range(LAYERS)
+        ]
+        config["transcoders"] = [file.name for file in files]
+    (theirs / "config.yaml").write_text(yaml.safe_dump({**config, "feature_output_hook": "mlp.hook_out"}))
+    main(["import", str(theirs), str(ours)])
+    model = CrossLayerTranscoder.from_pretrained(ours)
+    assert_same(model(x), forward(x))
+    assert (model.config.model_name, model.config.mlp_input_template) == ("tiny", "blocks.{}.mlp.hook_in")
+
+
 def random_clt(**options):
     defaults = {
         "num_features": FEATURES,

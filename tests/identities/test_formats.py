@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from clt.__main__ import main
 from clt.config import CLTConfig
 from clt.errors import CheckpointError, ConfigError
 from clt.models import CrossLayerTranscoder
@@ -157,6 +159,21 @@ def test_clt_convert_writes_its_weights_as_ours(tmp_path):
     convert.main(convert.Options(**{**vars(options), "method": "import"}))
     model = CrossLayerTranscoder.from_pretrained(tmp_path / "ours")
     torch.testing.assert_close(model(x), seed_forward(tensors, config, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_clt_import_reads_its_safetensors_folder(family, version, tmp_path):
+    config, x = config_of(family), inputs()
+    tensors = seed_weights(config, version)
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    theirs.mkdir()
+    (theirs / "cfg.json").write_text(json.dumps(config))
+    save_file(tensors, theirs / "model.safetensors")
+    main(["import", str(theirs), str(ours)])
+    for folder in (theirs, ours):
+        model = CrossLayerTranscoder.from_pretrained(folder)
+        torch.testing.assert_close(model(x), seed_forward(tensors, config, x), rtol=1e-5, atol=1e-5)
 
 
 def test_its_batchtopk_becomes_jumprelu_with_the_same_l0(tmp_path):
