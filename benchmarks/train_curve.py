@@ -1,6 +1,6 @@
 """The loss curve of every activation on every route beside plain PyTorch's: same weights, same batches.
 
-    python benchmarks/train_curve.py                # 20 steps, a minute or two
+    python benchmarks/train_curve.py                # 10 steps, two minutes
     python benchmarks/train_curve.py --steps 200
 
 Prints one JSON line: for each activation the first and last plain loss, and by route and type the largest relative
@@ -29,7 +29,7 @@ class Options:
     activations: tuple[str, ...] = ("relu", "jumprelu", "topk", "batchtopk")
     dtypes: tuple[str, ...] = ("fp64", "fp32", "bf16")
     routes: tuple[str, ...] = ("dense", "sparse")
-    steps: int = 20
+    steps: int = 10
     nudges: int = 1
     """Plain curves from weights moved by one rounding, each in other directions; 0: no floor."""
     threads: int = 1
