@@ -119,6 +119,9 @@ def run(name: str, arguments: list[str]) -> None:
     """Parse the arguments into the command's Options and call its main."""
     import tyro
 
+    from clt.progress import announce_retries
+
+    announce_retries()
     preset = take_preset(name, arguments)
     if preset is not None:
         module = importlib.import_module(f"clt.scripts.{preset}")

@@ -7,6 +7,7 @@ line of carriage returns, so there a line is written every half minute, with the
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
 import sys
 import time
@@ -128,6 +129,34 @@ def watched(items: Iterable[Item], total: int | None, title: str, unit: str = "s
         for item in items:
             yield item
             bar.update(1)
+
+
+class RetryLines(logging.Handler):
+    """What stamina logs as `stamina.retry_scheduled`, said in words: why, and when the next attempt is.
+
+    Reads in flight fail together, so a line every few seconds is enough.
+    """
+
+    def __init__(self, seconds: float = 2.0) -> None:
+        """Nothing is written within `seconds` of the line before."""
+        super().__init__()
+        self._seconds, self._last = seconds, -math.inf
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the line, if it is time."""
+        if record.created - self._last < self._seconds:
+            return
+        self._last = record.created
+        why, wait, number = (getattr(record, f"stamina.{name}", "?") for name in ("caused_by", "wait_for", "retry_num"))
+        sys.stderr.write(f"no answer: {why}; trying again in {wait} s (retry {number})\n")
+
+
+def announce_retries() -> None:
+    """Let retries be told in words on standard error, once however often this is called."""
+    logger = logging.getLogger("stamina")
+    if not any(isinstance(handler, RetryLines) for handler in logger.handlers):
+        logger.addHandler(RetryLines())
+        logger.propagate = False
 
 
 def in_notebook() -> bool:

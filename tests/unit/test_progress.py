@@ -1,8 +1,10 @@
 """Progress: a bar in a terminal, lines elsewhere, nothing where it is not wanted."""
 
+import logging
 import sys
 
 import pytest
+import stamina
 
 from clt import progress
 from clt.progress import Lines, progress_bar, watched
@@ -60,3 +62,18 @@ def test_a_notebook_without_widgets_gets_no_widget(monkeypatch):
     monkeypatch.setitem(sys.modules, "ipykernel", object())
     monkeypatch.setattr(progress.importlib.util, "find_spec", lambda name: None)
     assert not progress.in_notebook()
+
+
+def test_retries_are_told_in_words_and_not_by_the_dozen(capsys, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("stamina"), "handlers", [])
+    for _ in range(2):
+        progress.announce_retries()
+    assert len(logging.getLogger("stamina").handlers) == 1
+    tries = 0
+    for attempt in stamina.retry_context(on=OSError, attempts=4, wait_initial=0.01, wait_jitter=0):
+        with attempt:
+            tries += 1
+            if tries < 4:
+                raise ConnectionResetError("the peer is gone")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["no answer: ConnectionResetError('the peer is gone'); trying again in 0.01 s (retry 1)"]
