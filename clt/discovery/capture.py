@@ -176,9 +176,9 @@ def _append(path: Path, responses: Sequence[Response]) -> None:
 
 
 def _check_same_run(layout: Layout, made_with: Mapping[str, Any]) -> None:
-    """Keep the record of what answers are made with, and refuse to mix two."""
+    """Keep the record of what answers are made with, and refuse to mix two; a run that left no answers binds nobody."""
     now = json.loads(json.dumps(dict(made_with), default=str))
-    if layout.run.exists():
+    if layout.run.exists() and layout.responses.exists():
         before = json.loads(layout.run.read_text(encoding="utf-8"))
         changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
         if changed:
