@@ -82,6 +82,13 @@ class Corpus:
                 meta={key: value for key, value in record.items() if key != "image"},
             )
         text = record.get(self.text_column)
+        asked = next((record[key] for key in PROMPT_KEYS if isinstance(record.get(key), str)), None)
+        if text is None and asked is not None:
+            raise DatasetError(
+                f"{name} has a prompt ({asked[:40]!r}) but no image: samples with pictures need the column 'image'. "
+                f"Its columns are: {', '.join(sorted(record))}.\n"
+                "Text without pictures: name its column with --dataset-text-column."
+            )
         if not isinstance(text, str):
             raise DatasetError(
                 f"{name} has no text in column {self.text_column!r} (found {text!r}). Its columns are: "
@@ -211,4 +218,6 @@ def _load_image(image: object, folder: Path, name: str) -> Image.Image:
     except FileNotFoundError:
         raise DatasetError(f"{name}: the image {where} does not exist (looked in {folder}).") from None
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise DatasetError(f"{name}: the image {where} cannot be read ({error}). It is damaged or no image.") from None
+        # Pillow names the buffer, which says nothing to whoever named a file.
+        why = "no kind of image that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+        raise DatasetError(f"{name}: the image {where} cannot be read ({why}). It is damaged or no image.") from None

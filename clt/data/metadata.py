@@ -151,12 +151,20 @@ def read_json(folder: Path) -> dict[str, Any]:
             "Run the `clt generate` command that began it once more; it goes on from the last finished shard."
             if unfinished
             else f"{folder} holds no activations: it has no {METADATA_FILE}.\n"
-            "Give a folder that `clt generate` wrote (one that contains metadata.json, or train/ and held_out/)."
+            f"Give a folder that `clt generate` wrote (one that contains metadata.json, or train/ and held_out/)"
+            f"{_below(folder)}."
         )
     try:
         return json.loads(path.read_text())
     except ValueError as error:
         raise DatasetError(f"{path} is not JSON ({error}). Was it cut off or edited by hand?") from None
+
+
+def _below(folder: Path) -> str:
+    """Data sets a folder or two further down, for whoever gave the folder above them."""
+    depths = ("*", "*/*", "*/*/*")
+    found = sorted({path.parent.parent for depth in depths for path in folder.glob(f"{depth}/{METADATA_FILE}")})
+    return f", such as {', '.join(map(str, found[:3]))}" if found else ""
 
 
 def index_bytes(shards: tuple[ShardRecord, ...]) -> bytes:

@@ -149,10 +149,11 @@ def check_length(inputs: HostInputs, longest: int | None, n_new: int = 0) -> Non
             )
         # The last generated token is never read.
         if longest is not None and length + max(n_new - 1, 0) > longest:
+            fewer = ", or ask for fewer new tokens (--max-new-tokens)" if n_new else ""
             more = f" and may grow by max_new_tokens = {n_new}" if n_new else ""
             raise HostModelError(
                 f"Sample {sample_id!r} has {length} positions{more}, but the host takes at most {longest} "
-                "(max_position_embeddings). Shorten the prompt, the answer or the image's token count."
+                f"(max_position_embeddings). Shorten the prompt, the answer or the image's token count{fewer}."
             )
 
 

@@ -222,7 +222,11 @@ def show(result: dict[str, Any], console: Console) -> None:
             highlight=False,
         )
         if feature["kind"] in ("scale", "ablate") and not feature["active_positions"]:
-            console.print("  It is off throughout the prompt, where this changes nothing.", highlight=False)
+            console.print(
+                "  It is off throughout the prompt, where this changes nothing. `clt attribute` with the same prompt "
+                "lists features that are on; --set and --add switch this one on.",
+                highlight=False,
+            )
     print()
     for when in ("before", "after"):
         console.print(f"{when:>6} | {result[when].strip()}", highlight=False, markup=False)

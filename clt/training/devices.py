@@ -94,9 +94,11 @@ def parse_cluster(text: str) -> Cluster:
     name = found.group(3).lower() if found else ""
     if 0 in counts or (name != "cpu" and name not in GPUS):
         known = ", ".join(device.name for device in GPUS.values())
+        meant = [device.name for key, device in GPUS.items() if (text.lower().rpartition("x")[2] or "-") in key]
+        hint = f" Did you mean {' or '.join(meant)}?" if 0 < len(meant) <= 3 else ""
         raise ConfigError(
             f"--gpus {text!r} is not [MACHINES x] COUNT x DEVICE, such as 8xH100, 4x8xH100 or 1xcpu. Devices: {known}; "
-            "cpu is this machine."
+            f"cpu is this machine.{hint}"
         )
     nodes, per_node = (1, *counts)[-2:] if counts else (1, 1)
     return Cluster(this_machine(per_node) if name == "cpu" else GPUS[name], nodes, per_node)

@@ -49,7 +49,9 @@ def read(folder: Path, format: str | None = None, **options: Any) -> Portable:
     if format not in FORMATS and format is not None:
         raise ConfigError(f"There is no format {format!r}. Formats: {', '.join(FORMATS)}.")
     if format is None:
-        there = sorted(path.name for path in folder.iterdir())[:8] if folder.is_dir() else []
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder} does not exist, or is no folder (looked from {Path.cwd()}).")
+        there = sorted(path.name for path in folder.iterdir())[:8]
         raise CheckpointError(
             f"{folder} is no transcoder that is known here: it holds {', '.join(there) or 'nothing'}. Known: ours "
             f"(cfg.json, clt.safetensors), {', '.join(name for name in FORMATS if name != ours.NAME)}."

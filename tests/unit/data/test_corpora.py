@@ -107,3 +107,16 @@ def test_nothing_there_is_an_error(tmp_path):
         prompts(tmp_path / "nowhere.jsonl")
     with pytest.raises(DatasetError, match="neither text"):
         prompts(tmp_path)
+
+
+def test_a_prompt_without_its_picture_is_told_apart_from_a_text_without_its_column(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "<image> What is it?", "picture": "x.png"}])
+    with pytest.raises(DatasetError, match=r"(?s)no image: .* column 'image'. Its columns are: picture, prompt"):
+        prompts(path)
+
+
+def test_a_broken_picture_is_named_without_addresses_in_memory(tmp_path):
+    (tmp_path / "cut.png").write_bytes(b"\x89PNG")
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "What?", "image": "cut.png"}])
+    with pytest.raises(DatasetError, match=r"cut\.png cannot be read \(no kind of image that Pillow knows\)"):
+        prompts(path)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 
 import pytest
 
@@ -99,3 +100,16 @@ def test_weights_of_another_type_than_the_configuration_says(data, tmp_path, cap
     message = refused(capsys, command, "--clt", tmp_path, "--data", data, *output)
     assert "is bfloat16, but cfg.json (clt_dtype) says float32" in message
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_above_the_data_is_told_where_they_are(data, tmp_path, capsys):
+    shutil.copytree(data, tmp_path / "acts" / "host" / "texts" / "train")
+    message = refused(capsys, *train(tmp_path / "acts", tmp_path / "run"))
+    assert f"such as {tmp_path / 'acts' / 'host' / 'texts'}." in message
+    assert f"such as {tmp_path / 'acts' / 'host' / 'texts'}." in refused(
+        capsys, *train(tmp_path / "acts" / "host", tmp_path / "run")
+    )
+
+
+def test_a_transcoder_that_is_not_there_is_not_called_empty(tmp_path, capsys):
+    assert "nowhere does not exist" in refused(capsys, "import", tmp_path / "nowhere", tmp_path / "run")

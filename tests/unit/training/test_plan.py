@@ -126,6 +126,11 @@ def test_a_cluster_that_is_none_is_refused_with_the_devices_there_are(text):
         parse_cluster(text)
 
 
+def test_a_device_without_its_prefix_is_guessed():
+    with pytest.raises(ConfigError, match=r"Did you mean RTX4090\?"):
+        parse_cluster("1x4090")
+
+
 def test_splits_that_leave_devices_idle_are_refused():
     with pytest.raises(ConfigError, match="parts times copies must be 8"):
         plan_run(LLAVA, TRAINING, "8xH100", tp=3)
