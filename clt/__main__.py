@@ -173,16 +173,17 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run_guarded(name: str, arguments: list[str], debug: bool) -> None:
     """Run a command; what it refuses is one message and exit code 2."""
+    rank = os.environ.get("RANK", "0")
     try:
         run(name, arguments)
     except CLTError as error:
         if debug:
             raise
-        rank = os.environ.get("RANK", "0")
         sys.stderr.write(f"clt {name}{'' if rank == '0' else f' (rank {rank})'}: {error}\n")
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.stderr.write(f"\nclt {name}: stopped. The same command goes on from the last saved point.\n")
+        if rank == "0":  # of several processes, all of which are stopped
+            sys.stderr.write(f"\nclt {name}: stopped. The same command goes on from the last saved point.\n")
         # Worker threads of torch may still hold the interpreter; 130 is what a shell expects after Ctrl-C.
         sys.exit(130)
     except BrokenPipeError:

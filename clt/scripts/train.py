@@ -223,7 +223,7 @@ def _run(options: Options, mesh: Mesh) -> dict[str, Any]:
         say(f"{options.output_dir} already holds this run, finished. Delete the folder to train again.")
         return {"folder": options.output_dir, **(trainer.folder.record() or {}).get("summary", {})}
     if not mesh.is_alone:
-        say(f"{mesh.size} ranks: {mesh.dp.size} copies (dp) of a dictionary in {mesh.tp.size} parts (tp).")
+        say(f"{mesh.size} ranks: --tp {mesh.tp.size} (parts of the dictionary) x --dp {mesh.dp.size} (copies).")
     if trainer.step:
         say(f"Going on from step {trainer.step} of {steps}.")
     trainer.train()
