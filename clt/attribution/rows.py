@@ -65,8 +65,8 @@ class RowStore:
         path, text = self.folder / "made_of.json", json.dumps(made_of, sort_keys=True)
         if path.exists() and path.read_text(encoding="utf-8") != text:
             raise GraphError(
-                f"{self.folder} holds rows of another graph (prompt, model, transcoder or options differ). Delete it, "
-                "or name another --work-dir."
+                f"{self.folder} holds rows of another graph (prompt, model, transcoder, options or the number of "
+                "threads differ). Delete it, or name another --work-dir."
             )
         write_text_atomically(path, text)
 

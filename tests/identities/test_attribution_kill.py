@@ -12,7 +12,7 @@ from tests.attribution_hosts import random_replacement
 
 OPTIONS = {"max_feature_nodes": 20, "batch_size": 3, "update_interval": 2}
 DRIVER = """
-import os, signal, sys
+import os, signal, sys, torch
 from clt.attribution import attribute, rows
 from tests.attribution_hosts import random_replacement
 from tests.identities.test_attribution_kill import OPTIONS
@@ -33,6 +33,7 @@ def killed(self, ids, *rest):
     append(self, ids, *rest)
 
 rows.RowStore.append = killed
+torch.set_num_threads(int(sys.argv[4]))  # rows of other rounding are refused
 model, inputs = random_replacement("llama")
 attribute(model, inputs, work_dir=sys.argv[1], **OPTIONS)
 """
@@ -40,7 +41,7 @@ attribute(model, inputs, work_dir=sys.argv[1], **OPTIONS)
 
 @pytest.mark.parametrize(("at", "how"), [(1, "clean"), (4, "half")])
 def test_a_graph_goes_on_after_sigkill(tmp_path, at, how):
-    command = [sys.executable, "-c", DRIVER, str(tmp_path), str(at), how]
+    command = [sys.executable, "-c", DRIVER, str(tmp_path), str(at), how, str(torch.get_num_threads())]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
     model, inputs = random_replacement("llama")
     resumed = attribute(model, inputs, work_dir=tmp_path, **OPTIONS)
