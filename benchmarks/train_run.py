@@ -69,6 +69,8 @@ def write(folder: Path, bench: Any, seeds: range) -> Path:
 def main() -> None:
     """Write, train, evaluate, print."""
     options = tyro.cli(Options)
+    if options.dtype == "fp64":
+        raise SystemExit("--dtype fp64 is for single steps (train_step.py); a run trains in fp32 or bf16.")
     bench = Workbench(options)
     with tempfile.TemporaryDirectory() as folder:
         held_out_seeds = range(options.batches, options.batches + max(1, options.batches // 10))
