@@ -2,6 +2,7 @@
 
 python benchmarks/attribution.py                 # 9 tokens, 4,449 active features
 python benchmarks/attribution.py --tokens 2500   # a whole graph of a long prompt: seconds and peak memory
+python benchmarks/attribution.py --llava --nodes 7500   # positions, layers and features of LLaVA-1.5's graph, 64 wide
 
 The reference gathers the gradient once per (feature, written layer) pair and contracts each with its vector, as
 circuit-tracer 0.4.1 does; ours makes one product per (layer, position). Both walk back the same linearised host, with
@@ -39,8 +40,11 @@ from clt.config import CLTConfig
 from clt.lm import HostInputs, ModelAdapter
 from clt.models import CrossLayerTranscoder
 from clt.replacement import ReplacementModel
+from clt.types import Sample
+from clt.worlds import load
 
 LAYERS, WIDTH, FEATURES = 12, 768, 3072
+LLAVA_LAYERS, LLAVA_POSITIONS = 32, 620
 ACTIVE, TOKENS, ROWS = 4449, 9, 64
 
 
@@ -86,6 +90,19 @@ def build(n_tokens: int) -> tuple[ReplacementModel, HostInputs]:
     return ReplacementModel(adapter, transcoder.requires_grad_(False)), inputs
 
 
+def build_llava() -> tuple[ReplacementModel, HostInputs]:
+    """LLaVA-1.5's 620 positions and 32 layers, 64 wide, TopK with 4 of 2,048 features on per token and layer."""
+    from capture_size import make_host
+
+    adapter = make_host(LLAVA_LAYERS)
+    config = CLTConfig(num_features=2048, num_layers=LLAVA_LAYERS, d_model=64, activation_fn="topk", topk_k=4)
+    scene = load("shapes").descriptions("held_out", 1)[0]
+    prompt = "<image>" + "." * (LLAVA_POSITIONS - 576 - 1)
+    inputs = adapter.prepare([Sample(id="0", prompt=prompt, images=scene.images)])
+    assert inputs.input_ids.shape[1] == LLAVA_POSITIONS
+    return ReplacementModel(adapter, CrossLayerTranscoder(config).requires_grad_(False)), inputs
+
+
 def seconds(work: Callable[[], object], repeats: int) -> float:
     """Median of several runs."""
     times = []
@@ -128,7 +145,7 @@ def long(model: ReplacementModel, setting: Setting, inputs: HostInputs, nodes: i
     graph = assemble(store, setting.sources, setting.targets.nodes, positions, "random tokens", options, {}, [])
     pruned = graph.prune()
     graph.save(folder / "graph")
-    layers = torch.bincount(graph.features[:, 0], minlength=LAYERS).tolist()
+    layers = torch.bincount(graph.features[:, 0], minlength=model.adapter.n_layers).tolist()
     return {
         "rows": graph.edges.n_rows,
         "features_by_layer": layers,
@@ -152,15 +169,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--nodes", type=int, default=128, help="features with a row of their own, of a long prompt")
+    parser.add_argument("--llava", action="store_true", help="a graph of LLaVA-1.5's positions and layers")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model, inputs = build(options.tokens)
+    model, inputs = build_llava() if options.llava else build(options.tokens)
     begun, start = time.perf_counter(), time.process_time()
     with torch.no_grad():
         setting = _setting(model, inputs, None, AttributionOptions())
     prepared = time.process_time() - start
-    if options.tokens <= 100:
+    if options.tokens <= 100 and not options.llava:
         result = short(setting)
     else:
         with tempfile.TemporaryDirectory() as folder:
@@ -169,7 +187,8 @@ def main() -> None:
         json.dumps(
             {
                 "benchmark": "attribution",
-                "tokens": options.tokens,
+                "host": "random LLaVA" if options.llava else "random GPT-2",
+                "tokens": inputs.input_ids.shape[1],
                 "active_features": len(setting.active),
                 "prepare_seconds": prepared,
                 **result,

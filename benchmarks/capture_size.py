@@ -28,14 +28,14 @@ from tests.tiny_hosts import tiny_tokenizer
 LAYERS, WIDTH, FEATURES, ACTIVE, SAMPLES = 4, 64, 8192, 32, 8
 
 
-def make_host() -> ModelAdapter:
+def make_host(layers: int = LAYERS) -> ModelAdapter:
     """Random weights, LLaVA-1.5's layout of tokens."""
     torch.manual_seed(0)
     vision = CLIPVisionConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=336, patch_size=14
     )
     text = LlamaConfig(
-        hidden_size=WIDTH, intermediate_size=172, num_hidden_layers=LAYERS, num_attention_heads=4, vocab_size=300,
+        hidden_size=WIDTH, intermediate_size=172, num_hidden_layers=layers, num_attention_heads=4, vocab_size=300,
         max_position_embeddings=1024, bos_token_id=0, eos_token_id=1, pad_token_id=2, initializer_range=0.2,
     )  # fmt: skip
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=3, vision_feature_layer=-1)
