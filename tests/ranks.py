@@ -5,8 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import sys
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -64,5 +64,6 @@ def _run(rank: int, world: int, port: int, log: Path, work: Callable[..., None],
     torch.set_num_threads(1)
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
-    with open(log.with_suffix(f".{rank}"), "w") as file, redirect_stderr(file):
-        work(*arguments)
+    # For good: what a process dies of is printed after this function has been left.
+    sys.stderr = open(log.with_suffix(f".{rank}"), "w")  # noqa: SIM115
+    work(*arguments)

@@ -47,13 +47,7 @@ def capture(config, family="llama", spoil=None):
     with open_mesh(device="cpu", timeout_seconds=200) as mesh:
         if spoil is not None and mesh.rank == spoil["rank"]:
             config = replace(config, **spoil["options"])
-        try:
-            ActivationGenerator(config, tiny_adapter(family), mesh).run()
-        except Exception as error:
-            import sys
-
-            sys.stderr.write(str(error))
-            raise
+        ActivationGenerator(config, tiny_adapter(family), mesh).run()
 
 
 def rows_of(folder):

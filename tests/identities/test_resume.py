@@ -16,6 +16,7 @@ from clt.models.checkpoint import read_tensors
 from clt.scripts import train
 from clt.training.run_folder import step_of
 from clt.training.trainer import CLTTrainer
+from tests.interrupting import InterruptAt
 from tests.tiny_data import store_of, write_data
 
 DRIVER = Path(__file__).with_name("resume_driver.py")
@@ -68,20 +69,6 @@ def trainer_of(data, folder, resume_step=None, trackers=(), **changes):
     held_out = store_of(data).one_pass
     training = options_of(data, **changes)
     return CLTTrainer(config, training, folder, "cpu", held_out=held_out, resume_step=resume_step, trackers=trackers)
-
-
-class InterruptAt:
-    """A tracker that stops the run before a step's checkpoint is written."""
-
-    def __init__(self, step):
-        self.at = step
-
-    def log(self, step, values):
-        if step == self.at:
-            raise InterruptedError
-
-    def close(self):
-        pass
 
 
 def stop(trainer, after):

@@ -9,6 +9,7 @@ from clt.config import CLTConfig, TrainingConfig
 from clt.errors import CheckpointError, ConfigError, TrainingError
 from clt.models import CrossLayerTranscoder
 from clt.training.trainer import CLTTrainer
+from tests.interrupting import InterruptAt
 from tests.tiny_data import store_of, write_data
 
 FAMILIES = {
@@ -40,20 +41,6 @@ def trainer_of(data, folder, family="topk", steps=12, layers=3, **options):
 def assert_same_weights(one, other):
     for name, value in one.state_dict().items():
         assert torch.equal(value, other.state_dict()[name]), name
-
-
-class InterruptAt:
-    """A tracker that stops the run at a step, as a kill between two steps would."""
-
-    def __init__(self, step):
-        self.at = step
-
-    def log(self, step, values):
-        if step == self.at:
-            raise InterruptedError
-
-    def close(self):
-        pass
 
 
 @pytest.mark.parametrize("family", FAMILIES)

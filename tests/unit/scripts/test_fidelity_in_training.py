@@ -13,6 +13,7 @@ from clt.replacement import ReplacementModel, measure_fidelity
 from clt.replacement.probe import MEASURES, FidelityProbe
 from clt.scripts import fidelity, sweep, train
 from clt.training.trainer import CLTTrainer
+from tests.interrupting import InterruptAt
 from tests.tiny_data import store_of, write_data
 from tests.tiny_hosts import tiny_adapter
 
@@ -65,20 +66,6 @@ def fidelity_of(run):
     }
 
 
-class StopAt:
-    """A tracker that ends the run before the step's checkpoint is written."""
-
-    def __init__(self, step):
-        self.at = step
-
-    def log(self, step, values):
-        if step == self.at:
-            raise InterruptedError
-
-    def close(self):
-        pass
-
-
 def test_every_few_steps_and_at_the_end_it_measures_what_clt_fidelity_does(folder, adapter, tmp_path):
     trainer = trainer_of(folder, tmp_path)
     model = trainer.train()
@@ -99,7 +86,7 @@ def test_measuring_changes_no_bit_of_the_run_stopped_or_not(folder, tmp_path):
     trainer_of(folder, tmp_path / "without", measures=False).train()
     trainer_of(folder, tmp_path / "with").train()
     stopped = trainer_of(folder, tmp_path / "stopped")
-    stopped._extra_trackers = [StopAt(8)]
+    stopped._extra_trackers = [InterruptAt(8)]
     with pytest.raises(InterruptedError):
         stopped.train()
     again = trainer_of(folder, tmp_path / "stopped")
@@ -115,7 +102,7 @@ def test_measuring_changes_no_bit_of_the_run_stopped_or_not(folder, tmp_path):
 
 def test_a_run_may_begin_to_measure_when_it_goes_on(folder, tmp_path):
     first = trainer_of(folder, tmp_path / "run", measures=False)
-    first._extra_trackers = [StopAt(5)]
+    first._extra_trackers = [InterruptAt(5)]
     with pytest.raises(InterruptedError):
         first.train()
     command_line.main(["train", *words(folder, tmp_path / "run")])
