@@ -20,6 +20,19 @@ from torch import Tensor
 
 from clt.errors import ConfigError
 
+# The names of the safetensors format's header.
+SAFETENSORS_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+SAFETENSORS_DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
+
 
 def choose_device(device: torch.device | str | None = None) -> torch.device:
     """The device asked for, or a GPU if there is one.

@@ -8,16 +8,8 @@ from torch import Tensor
 
 from clt.data.sources import Rows
 from clt.errors import DatasetError
+from clt.types import SAFETENSORS_DTYPES, SAFETENSORS_NAMES
 
-_NAMES = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-}
-_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _ORDER = ("sample", "position", "rows", "kind")
 """By falling width, so that each tensor begins at a multiple of its own."""
 
@@ -28,7 +20,11 @@ def pack_rows(rows: Rows) -> list[memoryview]:
     for name in _ORDER:
         tensor = getattr(rows, name).contiguous()
         end = at + tensor.nbytes
-        entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
+        entries[name] = {
+            "dtype": SAFETENSORS_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, end],
+        }
         parts.append(memoryview(tensor.flatten().view(torch.uint8).numpy()))
         at = end
     text = json.dumps(entries).encode()
@@ -58,6 +54,6 @@ def unpack_rows(data: UInt8[Tensor, " byte"], where: str, shape: tuple[int, ...]
 
 def _view(data: Tensor, *, dtype: str, shape: list[int], data_offsets: list[int]) -> Tensor:
     part = data[slice(*data_offsets)]
-    if part.storage_offset() % _DTYPES[dtype].itemsize:
+    if part.storage_offset() % SAFETENSORS_DTYPES[dtype].itemsize:
         part = part.clone()
-    return part.view(_DTYPES[dtype]).view(shape)
+    return part.view(SAFETENSORS_DTYPES[dtype]).view(shape)

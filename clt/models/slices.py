@@ -23,6 +23,7 @@ from clt import __version__
 from clt.config.base import write_text_atomically
 from clt.errors import CheckpointError
 from clt.models.checkpoint import CONFIG, WEIGHTS, save_tensors
+from clt.types import SAFETENSORS_DTYPES, SAFETENSORS_NAMES
 
 INDEX = "slices.json"
 TRAINER = "trainer.safetensors"
@@ -33,17 +34,6 @@ _AXES = {
     **dict.fromkeys(("W_enc", "b_enc", "log_threshold", "W_dec", "U_dec"), 0),
     **dict.fromkeys(("feature_offset", "feature_scale"), -1),
 }
-_TYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-_NAMES = {name: dtype for dtype, name in _TYPES.items()}
 
 
 def feature_axis(name: str) -> int | None:
@@ -155,7 +145,7 @@ class Slices:
     def size(self, name: str) -> int:
         """Bytes of a tensor."""
         tensor = self.tensors[name]
-        return torch.empty((), dtype=_NAMES[tensor.dtype]).element_size() * torch.Size(tensor.shape).numel()
+        return torch.empty((), dtype=SAFETENSORS_DTYPES[tensor.dtype]).element_size() * torch.Size(tensor.shape).numel()
 
     def step(self) -> int | None:
         """At which it was taken; None: it is only a transcoder."""
@@ -265,7 +255,7 @@ def part_name(part: int, n_parts: int) -> str:
 
 def dtype_name(dtype: torch.dtype) -> str:
     """As safetensors calls it."""
-    return _TYPES[dtype]
+    return SAFETENSORS_NAMES[dtype]
 
 
 def _copy_rest(folder: Path, target: Path) -> None:

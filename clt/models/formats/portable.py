@@ -21,12 +21,9 @@ from clt.config import CLTConfig
 from clt.errors import CheckpointError
 from clt.models.checkpoint import CONFIG, WEIGHTS
 from clt.models.clt import CrossLayerTranscoder
+from clt.types import SAFETENSORS_NAMES
 
 Named = Iterator[tuple[str, Tensor]]
-
-_SAFETENSORS_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -159,7 +156,7 @@ def _header(shapes: dict[str, Tensor]) -> tuple[bytes, int]:
     for name, tensor in shapes.items():
         end = starts[name] + tensor.numel() * tensor.element_size()
         entries[name] = {
-            "dtype": _SAFETENSORS_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [starts[name], end],
+            "dtype": SAFETENSORS_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [starts[name], end],
         }  # fmt: skip
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)
