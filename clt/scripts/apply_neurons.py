@@ -1,6 +1,7 @@
 """Scale neurons of a plain host as a patch says, and save it: steering without any transcoder at run time.
 
 clt apply-neurons --model world:shapes --patch analysis/shapes_neuron_patch.json --output patched
+
 The factors are folded into the columns of each MLP's last matrix, so the saved model runs at the host's own speed.
 """
 

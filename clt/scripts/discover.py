@@ -2,6 +2,7 @@
 
 clt discover --dataset shapes --clt runs/demo/clt/run
 clt discover --dataset pope --data coco_pope_random.json --images val2014 --model llava-hf/llava-1.5-7b-hf --clt DIR
+
 Features are chosen on one half of the images; steering is measured on the other.
 """
 

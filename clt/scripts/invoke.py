@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import sys
 import types
 import typing
@@ -91,7 +92,8 @@ def run_module(module: Any, name: str, arguments: list[str]) -> None:
     """
     arguments = list(arguments)
     shared = take_shared(arguments, module.Options)
-    description = f"{module.__doc__}\n{FLAGS}"
+    # Indented lines stay lines; others would be joined into one paragraph.
+    description = re.sub(r"(?m)^(?=(?:clt|torchrun) )", "    ", f"{module.__doc__}\n{FLAGS}")
     if shared.config is not None:
         default = options_from_file(module.Options, shared.config, name)
         options = tyro.cli(module.Options, default=default, prog=f"clt {name}", description=description, args=arguments)

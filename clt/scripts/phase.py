@@ -3,6 +3,7 @@
 clt phase capture --dataset pope --data coco_pope_random.json --images val2014 --model HOST --clt DIR
 clt phase evaluate --dataset pope
 clt phase analyze --dataset pope --target-features 200 --min-per-layer 3
+
 `clt discover` runs them in a row. Files lie under --root as the phase guide names them.
 """
 

@@ -1,6 +1,7 @@
 """The rules of the house that a machine can check."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -67,6 +68,13 @@ def test_every_command_explains_itself(name, capsys):
     shown = capsys.readouterr().out
     assert "options" in shown
     assert "--dry-run" in shown
+    examples = re.findall(
+        r"^(?:clt|torchrun) .*",
+        importlib.import_module(f"clt.scripts.{command_line.module_name(name)}").__doc__ or "",
+        re.MULTILINE,
+    )
+    lines = [line.strip() for line in shown.splitlines()]
+    assert [example for example in examples if example not in lines] == [], "an example shares its line with other text"
 
 
 def test_an_unknown_command_is_answered_with_the_closest_one():
