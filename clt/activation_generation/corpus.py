@@ -29,6 +29,11 @@ def host_path(model_name: str) -> str:
     return str(_world(model_name).host_path()) if is_world(model_name) else model_name
 
 
+def open_model(model_name: str, **options: Any) -> ModelAdapter:
+    """The host of a Hub id, a folder or world:NAME, called so in files; options as `ModelAdapter.from_pretrained`."""
+    return ModelAdapter.from_pretrained(host_path(model_name), name=model_name, **options)
+
+
 def model_folder(model_name: str) -> str:
     """The model's part of the data set's folder: a Hub id as it is, a local folder's own name, `world-NAME`."""
     if is_world(model_name):

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 
 from clt.activation_generation.batches import SPLITS, BatchPlanner, RowBatch, Split
-from clt.activation_generation.corpus import dataset_folder, host_path, is_world, model_folder, samples_of
+from clt.activation_generation.corpus import dataset_folder, is_world, model_folder, open_model, samples_of
 from clt.activation_generation.packing import TextPacker, Tokenizer
 from clt.activation_generation.publish import Publisher
 from clt.activation_generation.share import Share
@@ -195,8 +195,8 @@ class ActivationGenerator:
     def _load_host(self) -> ModelAdapter:
         config = self.config
         placed: dict[str, Any] = {} if config.device_map is None else {"device_map": config.device_map}
-        return ModelAdapter.from_pretrained(
-            host_path(config.model_name),
+        return open_model(
+            config.model_name,
             dtype=config.model_dtype,
             device=self._share.device(config),
             input_template=config.mlp_input_module_path_template,

@@ -87,6 +87,7 @@ class ModelAdapter(Host):
         input_template: str | None = None,
         output_template: str | None = None,
         pads_images: bool = False,
+        name: str | None = None,
         **model_options: Any,
     ) -> ModelAdapter:
         """Open a model from a folder or the Hub, with its tokenizer and, if it sees images, its processor.
@@ -94,6 +95,7 @@ class ModelAdapter(Host):
         Args:
             dtype: "float32", "bfloat16", "float16"; None: as saved.
             device: None: a GPU if there is one.
+            name: what it is called in files; None: as `name_or_path`.
             model_options: passed on to the model's own `from_pretrained` (`device_map`, `quantization_config`, ...).
 
         Raises:
@@ -110,7 +112,7 @@ class ModelAdapter(Host):
             host.model,
             tokenizer=host.tokenizer,
             processor=host.processor,
-            name=str(name_or_path),
+            name=name or str(name_or_path),
             input_template=input_template,
             output_template=output_template,
             pads_images=pads_images,

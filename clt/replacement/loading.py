@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from clt.activation_generation.corpus import host_path
+from clt.activation_generation.corpus import open_model
 from clt.config import CLTConfig
 from clt.errors import ConfigError, HostModelError
 from clt.lm import ModelAdapter
@@ -28,7 +28,7 @@ def open_host(
         return model
     templates = {} if config is None else templates_of(config)
     try:
-        return ModelAdapter.from_pretrained(host_path(str(model)), **{**templates, **(options or {})})
+        return open_model(str(model), **{**templates, **(options or {})})
     except HostModelError as error:
         if not templates:
             raise

@@ -32,14 +32,13 @@ class Options(Config):
 
 def main(options: Options) -> None:
     """Patch, save, and say what was scaled."""
-    from clt.activation_generation.corpus import host_path
+    from clt.activation_generation.corpus import open_model
     from clt.discovery.neurons import NeuronPatch, apply_patch
-    from clt.lm import ModelAdapter
 
     if options.output.exists() and any(options.output.iterdir()):
         raise ConfigError(f"{options.output} is not empty. Choose a new folder; the host there may be in use.")
     patch = NeuronPatch.load(options.patch)
-    adapter = ModelAdapter.from_pretrained(host_path(options.model), dtype=options.dtype, device=options.device)
+    adapter = open_model(options.model, dtype=options.dtype, device=options.device)
     n_scaled = apply_patch(adapter, patch)
     adapter.model.save_pretrained(options.output)
     saver = adapter.processor or adapter.tokenizer

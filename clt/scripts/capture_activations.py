@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from clt.activation_generation.corpus import host_path
+from clt.activation_generation.corpus import open_model
 from clt.activation_generation.layer_capture import capture_layer_files
 from clt.data.layer_files import LayerFileWriter
 from clt.data.vlm_datasets import MultimodalDataset
 from clt.errors import ConfigError
-from clt.lm import ModelAdapter
 from clt.types import choose_device
 
 
@@ -58,7 +57,7 @@ def main(options: Options) -> None:
     if writer.is_finished:
         print(f"{folder} is already finished with these options; nothing to do.")
         return
-    adapter = ModelAdapter.from_pretrained(host_path(options.model), device=choose_device(options.device))
+    adapter = open_model(options.model, device=choose_device(options.device))
     if not adapter.is_multimodal:
         raise ConfigError(f"{options.model} sees no images. Use a vision-language model, or `clt generate` for text.")
     chosen = [samples[place] for place in range(len(samples))]

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from clt import worlds
-from clt.activation_generation.corpus import host_path, is_world, placed_image
+from clt.activation_generation.corpus import is_world, open_model, placed_image
 from clt.config.base import require_positive, write_text_atomically
 from clt.data.corpora import Corpus
 from clt.errors import ConfigError, DatasetError
@@ -141,7 +141,7 @@ def main(options: Options) -> dict[str, Any]:
     """Fine-tune, write, and print before and after."""
     if Path(options.output).resolve() == Path(options.transcoder).resolve():
         raise ConfigError(f"--output {options.output} is the transcoder to start from. Choose another folder.")
-    adapter = ModelAdapter.from_pretrained(host_path(options.model), dtype=options.dtype, device=options.device)
+    adapter = open_model(options.model, dtype=options.dtype, device=options.device)
     transcoder = CrossLayerTranscoder.from_pretrained(options.transcoder, adapter.device)
     replacement = ReplacementModel(adapter, transcoder)
     train, held_out = samples_of(options, adapter)

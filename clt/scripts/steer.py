@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from clt.activation_generation.corpus import host_path
+from clt.activation_generation.corpus import open_model as open_host
 from clt.config.base import Config, require_positive
 from clt.data.corpora import Corpus
 from clt.errors import ConfigError
@@ -148,7 +148,7 @@ def open_model(options: Options) -> Steerable:
     """Host and transcoder, ready to be steered."""
     host_options = {"dtype": options.dtype, "device": options.device, "pads_images": options.pad_images}
     if options.on == "neurons":
-        return SteeredNeurons(ModelAdapter.from_pretrained(host_path(options.model), **host_options))
+        return SteeredNeurons(open_host(options.model, **host_options))
     assert options.clt is not None
     adapter, transcoder = open_pair(options.model, options.clt, host_options)
     transcoder = transcoder.to(adapter.device)

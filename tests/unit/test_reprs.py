@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from clt.activation_generation.corpus import open_model
 from clt.config import CLTConfig
-from clt.lm import ModelAdapter
 from clt.models import CrossLayerTranscoder
 from clt.replacement import ReplacementModel, SteeredHost
 from clt.types import Sample
@@ -14,7 +14,7 @@ from tests.tiny_data import sparse_batch, store_of, write_data
 
 @pytest.fixture(scope="module")
 def adapter():
-    return ModelAdapter.from_pretrained(load("two-hop").host_path())
+    return open_model("world:two-hop")
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +25,11 @@ def transcoder(adapter):
 
 def test_a_batch_says_its_sizes_and_kinds():
     assert repr(sparse_batch()) == ("ActivationBatch(3 layers x 600 tokens x 8, float32, cpu; 300 text, 300 image)")
+
+
+def test_a_worlds_host_goes_by_the_worlds_name(adapter):
+    assert adapter.name == "world:two-hop"
+    assert "world:two-hop" in repr(adapter)
 
 
 def test_a_store_says_where_it_is(tmp_path):

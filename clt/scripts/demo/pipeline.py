@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from clt import worlds
+from clt.activation_generation.corpus import open_model
 from clt.activation_generation.generator import ActivationGenerator
 from clt.config import ActivationConfig, CLTConfig, TrainingConfig
 from clt.config.base import write_text_atomically
@@ -108,7 +109,7 @@ class Demo:
     def adapter(self) -> ModelAdapter:
         """The host, loaded when first needed."""
         if self._adapter is None:
-            self._adapter = ModelAdapter.from_pretrained(self.world.host_path())
+            self._adapter = open_model(f"world:{self.options.world}")
         return self._adapter
 
     def say(self, text: str) -> None:
