@@ -11,15 +11,15 @@ from clt.config.clt_config import NormalizationMethod
 from clt.errors import ConfigError
 
 # What an interrupted run may be gone on with differently: where the data lie (their values are checked), what is
-# reported and saved, and how long one session lasts.
+# reported and saved, how long one session lasts, and where the optimiser's state lives.
 BOOKKEEPING = frozenset(
     {
         *("activation_source", "activation_path", "remote_config", "server_url", "dataset_id"),
         *("remote_timeout", "remote_max_retries", "remote_prefetch_batches"),
         *("log_interval", "eval_interval", "eval_batches"),
         *("fidelity_interval", "fidelity_model", "fidelity_dataset", "fidelity_samples", "fidelity_new_tokens"),
-        *("checkpoint_interval", "keep_checkpoints", "milestone_interval", "write_final_folder"),
-        *("time_limit_minutes", "skip_nonfinite_steps", "debug_anomaly"),
+        *("checkpoint_interval", "keep_checkpoints", "milestone_interval", "async_save", "write_final_folder"),
+        *("time_limit_minutes", "skip_nonfinite_steps", "debug_anomaly", "offload_optimizer"),
         *("enable_wandb", "wandb_project", "wandb_entity", "wandb_run_name", "wandb_tags"),
         *("enable_trackio", "trackio_project"),
     }
@@ -66,6 +66,8 @@ class TrainingConfig(Config):
     """Adam, Adam with decoupled weight decay on the matrices, or the latter with 8-bit moments (needs torchao)."""
     optimizer_state: Literal["fp32", "bf16"] = "fp32"
     """Type of adam's and adamw's moments; bf16, rounded at random, takes 4 instead of 8 bytes per weight."""
+    offload_optimizer: bool = False
+    """Keep moments, and fp32 weights where parameters are in half precision, in the host's memory (adam, adamw)."""
     optimizer_beta1: float = 0.9
     """Decay of the gradient's running mean."""
     optimizer_beta2: float = 0.999
@@ -162,6 +164,8 @@ class TrainingConfig(Config):
     """Newest checkpoints that are kept, beside the best (by held-out NMSE) and the milestones."""
     milestone_interval: int | None = None
     """Checkpoints at multiples of this many steps are kept for good."""
+    async_save: bool = False
+    """Write checkpoints beside the training steps, from a copy in the host's memory (as large as a checkpoint)."""
     write_final_folder: bool = True
     """Also write crosslayer-coding's `final/clt.pt` and `final/cfg.json` (the weights once more)."""
     enable_wandb: bool = False
@@ -203,11 +207,7 @@ class TrainingConfig(Config):
         require_one_of(owner, "precision", self.precision, ("fp32", "bf16", "fp16"))
         require_one_of(owner, "optimizer", self.optimizer, ("adam", "adamw", "adamw8bit"))
         require_one_of(owner, "optimizer_state", self.optimizer_state, ("fp32", "bf16"))
-        if self.optimizer == "adamw8bit" and self.optimizer_state != "fp32":
-            raise ConfigError(
-                f"{owner}.optimizer_state = {self.optimizer_state!r} does not go with optimizer = 'adamw8bit', whose "
-                "moments have 8 bits. Choose one of the two: --optimizer adamw with bf16 moments, or 8-bit ones."
-            )
+        self._require_8_bits_alone()
         require_one_of(owner, "loss_normalisation", self.loss_normalisation, ("variance", "none"))
         require_one_of(owner, "lr_scheduler", self.lr_scheduler, ("constant", "linear", "cosine", "linear_final20"))
         require_one_of(owner, "route", self.route, ("auto", "dense", "sparse", "plain"))
@@ -224,6 +224,19 @@ class TrainingConfig(Config):
         self._require_samples()
         self._take_remote_config()
         object.__setattr__(self, "wandb_tags", tuple(self.wandb_tags))  # JSON gives a list
+
+    def _require_8_bits_alone(self) -> None:
+        """Moments in 8 bits have no other type and no other place."""
+        if self.optimizer == "adamw8bit" and self.optimizer_state != "fp32":
+            raise ConfigError(
+                f"TrainingConfig.optimizer_state = {self.optimizer_state!r} does not go with optimizer = 'adamw8bit', "
+                "whose moments have 8 bits. Choose one of the two: --optimizer adamw with bf16 moments, or 8-bit ones."
+            )
+        if self.optimizer == "adamw8bit" and self.offload_optimizer:
+            raise ConfigError(
+                "TrainingConfig.offload_optimizer does not go with optimizer = 'adamw8bit', which makes and updates "
+                "its moments on the device. Use --optimizer adamw, with --optimizer-state bf16 for 4 bytes per weight."
+            )
 
     def _require_samples(self) -> None:
         """Positive counts, and not an interval alone: it does not say what to measure on."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,21 +48,46 @@ def held_weights(model: CrossLayerTranscoder, mesh: Mesh) -> dict[str, Held]:
     return {name: held(name, value, n_features, rows) for name, value in every.items()}
 
 
+@dataclass(frozen=True)
+class Part:
+    """What one rank writes of a checkpoint."""
+
+    file: str
+    tensors: dict[str, Tensor]
+    entries: dict[str, Sliced]
+    """What the index says of them."""
+
+
+def own_part(mine: Mapping[str, Held], mesh: Mesh) -> Part:
+    """This rank's slices. What is not cut is written by the first rank."""
+    file = part_name(mesh.rank, mesh.size)
+    chosen = {name: each for name, each in mine.items() if each.axis is not None or mesh.is_main}
+    tensors = {name: each.tensor for name, each in chosen.items()}
+    return Part(file, tensors, {name: _entry(name, file, each) for name, each in chosen.items()})
+
+
 def save_slices(folder: Path, mine: Mapping[str, Held], mesh: Mesh) -> None:
-    """Write every rank's slices and the index. What is not cut is written by the first rank.
+    """Write every rank's slices and the index.
 
     Raises:
         CheckpointError: on every rank, if one of them could not write.
     """
-    file = part_name(mesh.rank, mesh.size)
-    chosen = {name: each for name, each in mine.items() if each.axis is not None or mesh.is_main}
+    part = own_part(mine, mesh)
+    join_parts(folder, part.entries, lambda: save_tensors(part.tensors, folder / part.file), mesh)
+
+
+def join_parts(folder: Path, entries: Mapping[str, Sliced], write: Callable[[], object], mesh: Mesh) -> None:
+    """Let every rank write its part (or wait for what writes it), then write the index.
+
+    Raises:
+        CheckpointError: on every rank, if one of them could not write.
+    """
     failure = None
     try:
-        save_tensors({name: each.tensor for name, each in chosen.items()}, folder / file)
+        write()
     except CheckpointError as error:
         failure = str(error)
-    entries = {name: _entry(name, file, each) for name, each in chosen.items()}
-    answers = mesh.world.collect((failure, entries), "checkpoint slices")
+    answers = mesh.world.collect((failure, dict(entries)), "checkpoint slices")
     for failure, _ in answers:
         if failure is not None:
             raise CheckpointError(failure)

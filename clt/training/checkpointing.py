@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,17 @@ from torch import Tensor
 from clt.data.stores import BaseActivationStore
 from clt.errors import CheckpointError
 from clt.models import CrossLayerTranscoder
-from clt.models.checkpoint import CONFIG, load_transcoder, read_tensors, save_tensors, save_transcoder
-from clt.models.slices import STATE, TRAINER, Slices
+from clt.models.checkpoint import CONFIG, WEIGHTS, load_transcoder, read_tensors, save_tensors
+from clt.models.slices import STATE, TRAINER, Sliced, Slices
 from clt.parallel.collectives import agreed
-from clt.parallel.slices import Held, features_of, held, held_weights, load_weights, save_slices
+from clt.parallel.slices import Held, features_of, held, held_weights, join_parts, load_weights, own_part
 from clt.training.dead import DeadFeatureTracker
 from clt.training.optim import optimizer_tensors, restore_optimizer
 from clt.training.run_folder import PendingCheckpoint, RunFolder, step_of
 from clt.training.step import Engine
+
+Files = dict[str, dict[str, Tensor]]
+"""Tensors by file and name."""
 
 
 @dataclass
@@ -51,6 +55,38 @@ class Progress:
     """Of the evaluations on held-out tokens so far."""
 
 
+@dataclass(frozen=True)
+class _Write:
+    """A checkpoint whose tensors are being written."""
+
+    pending: PendingCheckpoint
+    folder: Path
+    state: str
+    entries: dict[str, Sliced]
+    job: Future[None]
+
+
+class HostCopies:
+    """Copies of tensors in the host's memory, which is kept for the next copies."""
+
+    def __init__(self) -> None:
+        self._memory: dict[tuple[str, str], Tensor] = {}
+
+    def of(self, files: Files) -> Files:
+        """The same tensors as they are now."""
+        return {file: {name: self._copy((file, name), value) for name, value in files[file].items()} for file in files}
+
+    def _copy(self, key: tuple[str, str], value: Tensor) -> Tensor:
+        if key not in self._memory:
+            self._memory[key] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+        return self._memory[key].copy_(value.detach())
+
+
+def _write(folder: Path, files: Files) -> None:
+    for name, tensors in files.items():
+        save_tensors(tensors, folder / name)
+
+
 class Checkpoints:
     """Saves and restores the parts of a run in its folder."""
 
@@ -67,35 +103,83 @@ class Checkpoints:
         self._dead = dead
         self._store = store
         self._progress = progress
+        self._copies = HostCopies()
+        self._write: _Write | None = None
 
-    def save(self) -> None:
+    def save(self, waits: bool = True) -> None:
         """Write a checkpoint of the present step, whole or not at all, and delete those no longer wanted.
 
         Of several ranks each writes its slices (clt/models/slices.py says what the folder then holds).
+
+        Args:
+            waits: return when it is there. Else another thread writes copies in the host's memory, while training goes
+                on; `poll` says when it is there. One that is still being written is waited for first.
+
+        Raises:
+            CheckpointError: this or the one before could not be written.
         """
-        engine, mesh = self._engine, self._engine.mesh
+        self.finish()
+        mesh = self._engine.mesh
         pending = self._folder.new_checkpoint(self._progress.step)
         folder = agreed(mesh.world, pending.begin, "the checkpoint's folder")
+        files, entries = self._files()
+        pool = ThreadPoolExecutor(1, "checkpoint")
+        job = pool.submit(_write, folder, files if waits else self._copies.of(files))
+        pool.shutdown(wait=False)
+        self._write = _Write(pending, folder, self._state(), entries, job)
+        if waits:
+            self.finish()
+
+    def poll(self) -> None:
+        """Finish what another thread was writing, if it is done on every rank.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        mesh = self._engine.mesh
+        if self._write is not None and not mesh.world.any(not self._write.job.done(), "checkpoint", mesh.device):
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for what is being written; from then on it is a checkpoint."""
+        write, self._write = self._write, None
+        if write is None:
+            return
+        mesh = self._engine.mesh
         try:
             if mesh.is_alone:
-                save_transcoder(engine.model, folder)
-                save_tensors(self._tensors(), folder / TRAINER)
+                write.job.result()
             else:
-                save_slices(folder, self._slices(), mesh)
+                join_parts(write.folder, write.entries, write.job.result, mesh)
         except BaseException:
-            pending.drop()
+            write.pending.drop()
             raise
-        agreed(mesh.world, lambda: self._complete(pending, folder), "the checkpoint's state")
+        agreed(mesh.world, lambda: self._complete(write), "the checkpoint's state")
 
-    def _complete(self, pending: PendingCheckpoint, folder: Path) -> None:
-        if not self._engine.mesh.is_alone:
-            self._engine.model.peers.whole.to_json(folder / CONFIG)
-        with (folder / STATE).open("w") as file:
-            json.dump(self._state(), file)
+    def close(self) -> None:
+        """The run ends here, for whatever reason: finish what is being written; where ranks cannot agree, drop it."""
+        if self._engine.mesh.is_alone:
+            self.finish()
+        elif self._write is not None:
+            wait([self._write.job])
+            self._write = None
+        self._copies = HostCopies()
+
+    def _complete(self, write: _Write) -> None:
+        self._engine.model.peers.whole.to_json(write.folder / CONFIG)
+        with (write.folder / STATE).open("w") as file:
+            file.write(write.state)
             file.flush()
             os.fsync(file.fileno())
-        pending.finish()
-        self._folder.keep_only(self._kept())
+        write.pending.finish()
+        self._folder.keep_only(self._kept(json.loads(write.state)["best_step"]))
+
+    def _files(self) -> tuple[Files, dict[str, Sliced]]:
+        """What this rank writes, and what the index says of it if there are several."""
+        if self._engine.mesh.is_alone:
+            return {WEIGHTS: dict(self._engine.model.state_dict()), TRAINER: self._tensors()}, {}
+        part = own_part(self._slices(), self._engine.mesh)
+        return {part.file: part.tensors}, part.entries
 
     def _tensors(self) -> dict[str, Tensor]:
         """All but the weights."""
@@ -121,26 +205,26 @@ class Checkpoints:
                 )
         return mine
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self) -> str:
+        """As JSON, since what it describes changes while tensors are written."""
         engine = self._engine
-        return {
+        values = {
             **asdict(self._progress),
             "n_skipped": engine.n_skipped,
             "route": None if engine.routes is None else engine.routes.route,
             "scaler": engine.scaler.state_dict(),
             "store": self._store.state_dict(),
         }
+        return json.dumps(values)
 
-    def _kept(self) -> set[int]:
+    def _kept(self, best_step: int | None) -> set[int]:
         """The newest few, the best and the milestones."""
         config = self._engine.config
         steps = [step_of(folder) for folder in self._folder.checkpoints()]
         kept = set(steps[-config.keep_checkpoints :])
         if config.milestone_interval is not None:
             kept |= {step for step in steps if step % config.milestone_interval == 0}
-        if self._progress.best_step is not None:
-            kept.add(self._progress.best_step)
-        return kept
+        return kept if best_step is None else kept | {best_step}
 
     def restore(self, step: int | None = None) -> None:
         """Go on from the checkpoint of a step (later ones are deleted), or from the newest if there is one.

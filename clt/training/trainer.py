@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -156,11 +156,13 @@ class CLTTrainer:
         trackers = self._open_trackers()
         self._clock = time.perf_counter() - self.progress.seconds
         try:
-            with Interrupts() as interrupts:
+            with Interrupts() as interrupts, closing(self.checkpoints):
                 while self.step < self.config.training_steps:
                     self._one_step(trackers)
+                    self.checkpoints.poll()
                     self._stop_if_asked(interrupts.requested, limit)
                     yield self.step
+                self.checkpoints.finish()
             self._finish()
         finally:
             for tracker in trackers:
@@ -228,7 +230,7 @@ class CLTTrainer:
             for tracker in trackers:
                 tracker.log(self.step, values)
         if (is_best or self.step % config.checkpoint_interval == 0) and not last:
-            self.checkpoints.save()
+            self.checkpoints.save(waits=not config.async_save)
 
     def update(self, batch: ActivationBatch) -> StepResult:
         """One optimiser step on one batch."""

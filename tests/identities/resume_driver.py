@@ -1,8 +1,9 @@
 """Trains in child processes that kill themselves (SIGKILL) at given moments, until one finishes.
 
 Run as `python resume_driver.py DATA RUN FAMILY MOMENT...`; DATA is a folder, or `stream` for activations that are made
-while training; a moment is `step:7` or `write:2` (in the middle of the
-second checkpoint that this child writes). The last child has no moment. Only children compute, so forking is safe.
+while training; FAMILY may end with ` async` (checkpoints are written beside the steps); a moment is `step:7` or
+`write:2` (in the middle of the second checkpoint that this child writes). The last child has no moment. Only children
+compute, so forking is safe.
 """
 
 import os
@@ -13,6 +14,7 @@ import torch
 
 from clt.config import CLTConfig, TrainingConfig
 from clt.data.streaming import StreamingActivationStore
+from clt.models.slices import TRAINER
 from clt.training import checkpointing
 from clt.training.trainer import CLTTrainer
 from tests.tiny_data import sparse_batch, store_of
@@ -42,9 +44,9 @@ def kill_in_write(number):
     written, save = [], checkpointing.save_tensors
 
     def save_half(tensors, path):
-        written.append(path)
+        written.extend([path] * (path.name == TRAINER))
         save(tensors, path)
-        if len(written) == number:
+        if path.name == TRAINER and len(written) == number:
             path.write_bytes(path.read_bytes()[:100])
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -64,6 +66,7 @@ def stream():
 
 def trainer_of(data, run, family, moment="step:-1"):
     kind, number = moment.split(":")
+    family, _, saving = family.partition(" ")
     if kind == "write":
         kill_in_write(int(number))
     training = TrainingConfig(
@@ -74,6 +77,7 @@ def trainer_of(data, run, family, moment="step:-1"):
         log_interval=1,
         eval_interval=5,
         checkpoint_interval=3,
+        async_save=saving == "async",
         dead_feature_window=100,
         learning_rate=1e-2,
         ema_decay=0.9,
