@@ -88,9 +88,12 @@ def report(result: Plan) -> str:
         "",
         f"Memory of each device ({result.cluster.device.memory / 1e9:,.1f} GB)",
     ]
-    lines += [f"  {name:<15}{_gigabytes(value)}" for name, value in asdict(memory).items()]
+    lines += [f"  {name:<15}{_gigabytes(value)}" for name, value in asdict(memory).items() if value or name != "host"]
     notes = {"step": "", "setup": "before the first step, instead", "evaluation": "between two steps, instead"}
     lines += [f"  {name:<15}{_gigabytes(value)}  {notes[name]}".rstrip() for name, value in result.moments.items()]
+    if result.cluster.device.is_gpu and result.host.total:
+        lines.append("Memory of its machine, for each device, beside Python and what is read")
+        lines += [f"  {name:<15}{_gigabytes(value)}" for name, value in asdict(result.host).items()]
     verdict = "It fits" if result.peak <= result.usable else "It does not fit"
     lines.append(f"{verdict}: {result.peak / 1e9:,.2f} of {result.usable / 1e9:,.2f} GB usable.")
     if result.refused is not None:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Numbers updated at a time: what is widened to fp32 stays small, and in a processor's cache.
-_CHUNK = 1 << 18
+from clt.training.block_adam import Block, BlockAdam
+
 # Odd numbers far apart, so that no two (seed, step, parameter) share a stream of random numbers.
 _BY_SEED, _BY_PARAMETER = 1_000_003, 7_919
 
@@ -29,75 +29,38 @@ def round_at_random(values: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(values.isfinite(), rounded, values).to(torch.bfloat16)
 
 
-class HalfAdam(torch.optim.Optimizer):
+class HalfAdam(BlockAdam):
     """Adam, or AdamW, with bf16 moments.
 
     Random numbers depend on the seed, the parameter's place and its count of steps alone, so a run that is gone on with
     takes the same ones.
-
-    Source: Kingma and Ba 2015; Loshchilov and Hutter 2019 (decoupled decay).
     """
 
-    def __init__(
-        self,
-        parameters: Iterable[Any],
-        lr: float,
-        betas: tuple[float, float],
-        *,
-        seed: int,
-        is_decoupled: bool,
-        eps: float = 1e-8,
-    ) -> None:
+    def __init__(self, parameters: Iterable[Any], *arguments: Any, seed: int, **options: Any) -> None:
         """Take in parameters or groups of them.
 
         Args:
             parameters: as every optimiser of torch does.
-            lr: learning rate.
-            betas: decay of the running mean and square.
+            arguments: of BlockAdam.
             seed: of the rounding.
-            is_decoupled: weight decay as AdamW has it, not as a part of the gradient.
-            eps: added to the root of the running square.
+            options: of BlockAdam.
         """
-        super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
-        self._seed, self._is_decoupled = seed, is_decoupled
+        super().__init__(parameters, *arguments, **options)
+        self._seed = seed
         every = (parameter for group in self.param_groups for parameter in group["params"])
         self._places = {parameter: place for place, parameter in enumerate(every)}
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Update every parameter that has a gradient."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
+    def _moment_type(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.bfloat16
 
-    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
-        if not state:
-            state["step"] = torch.zeros(())
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.zeros_like(parameter, dtype=torch.bfloat16)
-        state["step"] += 1
-        count = int(state["step"])
+    def _generator_of(self, parameter: Tensor, count: int) -> torch.Generator:
         stream = self._seed * _BY_SEED + self._places[parameter] * _BY_PARAMETER
-        generator = torch.Generator(parameter.device).manual_seed((stream << 24) + count)
-        assert parameter.grad is not None
-        whole = parameter, parameter.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"]
-        parts = (tensor.view(-1).split(_CHUNK) for tensor in whole)
-        for weight, grad, mean, square in zip(*parts, strict=True):
-            self._update_part(weight, grad, mean, square, group, count, generator)
+        return torch.Generator(parameter.device).manual_seed((stream << 24) + count)
 
-    def _update_part(
-        self,
-        weight: Tensor,
-        grad: Tensor,
-        mean: Tensor,
-        square: Tensor,
-        group: dict[str, Any],
-        count: int,
-        generator: torch.Generator,
-    ) -> None:
+    def _update(self, weight: Tensor, grad: Tensor, mean: Tensor, square: Tensor, block: Block) -> None:
         """The formula, in fp32; only what is kept is rounded."""
+        group, count, generator = block.group, block.count, block.generator
+        assert generator is not None
         (beta1, beta2), decay, rate = group["betas"], group["weight_decay"], float(group["lr"])
         grad = grad.float()
         if decay and self._is_decoupled:

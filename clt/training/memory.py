@@ -24,6 +24,8 @@ _EVALUATION_BYTES = 4 * 8 + 4 + 4
 _SAVED = {"relu": 3, "jumprelu": 4, "topk": 2, "batchtopk": 3}
 EVALUATION_TOKENS = 512
 """Tokens that are evaluated at a time."""
+BLOCK_PLACES = 3
+"""Blocks of an optimiser in the host's memory that are on the device at a time."""
 # Of a weight's moments in 8 bits, blocks of 256 with one fp32 scale each.
 _EIGHT_BIT_STATES = 2 * (1 + 4 / 256)
 
@@ -41,11 +43,36 @@ class StepMemory:
     """What a step computes and keeps: pre-activations, codes, and the temporaries of the largest source."""
     batch: int
     """The batch and the error."""
+    host: int = 0
+    """`HostMemory`, where the host's memory is the device's too."""
 
     @property
     def total(self) -> int:
         """All of it."""
         return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Bytes of the host's memory that one rank takes for what is not on its device."""
+
+    states: int
+    """Moments and master weights of `offload_optimizer`."""
+    snapshot: int
+    """The copy that `async_save` writes from, kept from the first checkpoint on."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.states + self.snapshot
+
+
+def block_numbers(is_gpu: bool) -> int:
+    """Numbers of a parameter that are updated at a time where that is done in blocks.
+
+    On a CPU what is widened to fp32 stays in its cache; on a GPU copies from the host are worth their start.
+    """
+    return 1 << (24 if is_gpu else 18)
 
 
 def n_parameters(config: CLTConfig, shards: int = 1) -> int:
@@ -69,13 +96,43 @@ def weight_bytes(config: CLTConfig) -> int:
 
 
 def state_bytes(config: CLTConfig, training: TrainingConfig) -> float:
-    """Of one weight's two moments, which are in the weight's own type unless they are quantised or rounded to bf16."""
-    if training.optimizer_state == "bf16":
-        return 4
-    return _EIGHT_BIT_STATES if training.optimizer == "adamw8bit" else 2 * weight_bytes(config)
+    """Of one weight's two moments, and of its master if it has one (`offload_optimizer`, half precision).
+
+    Moments are in the weight's own type (or its master's) unless they are quantised or rounded to bf16.
+    """
+    if training.optimizer == "adamw8bit":
+        return _EIGHT_BIT_STATES
+    weight = weight_bytes(config)
+    master = 4 if training.offload_optimizer and weight < 4 else 0
+    return (4 if training.optimizer_state == "bf16" else 2 * (master or weight)) + master
 
 
-def step_memory(config: CLTConfig, training: TrainingConfig, tokens: int, route: str, shards: int = 1) -> StepMemory:
+def host_memory(config: CLTConfig, training: TrainingConfig, shards: int = 1) -> HostMemory:
+    """What a rank takes of its host's memory beside its device's.
+
+    Args:
+        config: the whole transcoder.
+        training: options of the run.
+        shards: as in `step_memory`.
+    """
+    count, weight, states = n_parameters(config, shards), weight_bytes(config), state_bytes(config, training)
+    saved = weight + (0 if training.ema_decay is None else 4) + states
+    return HostMemory(
+        states=round(count * states) if training.offload_optimizer else 0,
+        snapshot=round(count * saved) if training.async_save else 0,
+    )
+
+
+def _states_here(config: CLTConfig, training: TrainingConfig, count: int, is_gpu: bool) -> float:
+    """Of an optimiser's state, what is on the device."""
+    if training.offload_optimizer:
+        count = min(count, BLOCK_PLACES * block_numbers(is_gpu))
+    return count * state_bytes(config, training)
+
+
+def step_memory(
+    config: CLTConfig, training: TrainingConfig, tokens: int, route: str, shards: int = 1, is_gpu: bool = False
+) -> StepMemory:
     """Peak memory of a step on one device, without what Python and torch take for themselves.
 
     Args:
@@ -84,6 +141,7 @@ def step_memory(config: CLTConfig, training: TrainingConfig, tokens: int, route:
         tokens: per micro-batch and device.
         route: dense, mixed, sparse or plain.
         shards: the device holds one of so many equal parts of the features.
+        is_gpu: the device has a memory of its own; a CPU's is the host's.
     """
     layers, width = config.num_layers, config.d_model
     features = math.ceil(config.num_features / shards)
@@ -95,11 +153,12 @@ def step_memory(config: CLTConfig, training: TrainingConfig, tokens: int, route:
     else:
         activations = _by_hand(config, training, tokens, features, tokens * kept_here(config) / shards, route)
     return StepMemory(
-        parameters=count * (weight + (0 if training.ema_decay is None else weight)),
+        parameters=count * (weight + (0 if training.ema_decay is None else 4)),
         gradients=weight * (largest + features * width if streams else count),
-        states=round(count * state_bytes(config, training)),
+        states=round(_states_here(config, training, count, is_gpu)),
         activations=round(activations),
         batch=tokens * layers * width * (4 + 2 * 2),  # the error, and a batch in bf16
+        host=0 if is_gpu else host_memory(config, training, shards).total,
     )
 
 
@@ -120,7 +179,9 @@ def setup_bytes(config: CLTConfig, shards: int = 1) -> int:
     return n_parameters(config, shards) * weight_bytes(config) + tokens
 
 
-def evaluation_bytes(config: CLTConfig, training: TrainingConfig, tokens: int, shards: int = 1) -> int:
+def evaluation_bytes(
+    config: CLTConfig, training: TrainingConfig, tokens: int, shards: int = 1, is_gpu: bool = False
+) -> int:
     """Peak of an evaluation between two steps, which encodes all layers of a batch; the last gradients are still there.
 
     Args:
@@ -128,12 +189,17 @@ def evaluation_bytes(config: CLTConfig, training: TrainingConfig, tokens: int, s
         training: options of the run.
         tokens: per batch and device.
         shards: as in `step_memory`.
+        is_gpu: as in `step_memory`.
     """
     features, width = math.ceil(config.num_features / shards), config.d_model
     pairs = sum(len(config.targets_of(source)) for source in range(config.num_layers))
     counted = config.num_layers * (_ENCODED_BYTES * features + _EVALUATION_BYTES * width) + 4 * pairs * width
-    weights = weight_bytes(config) * (1 + (training.ema_decay is not None) + (not training.optimizer_in_backward))
-    held = n_parameters(config, shards) * (weights + state_bytes(config, training))
+    count, weight = n_parameters(config, shards), weight_bytes(config)
+    weights = weight * (1 + (not training.optimizer_in_backward))
+    # The mean weights take the place of the last, which are put aside.
+    weights += 0 if training.ema_decay is None else 4 + weight
+    held = count * weights + _states_here(config, training, count, is_gpu)
+    held += 0 if is_gpu else host_memory(config, training, shards).total
     return round(held) + min(tokens, EVALUATION_TOKENS) * counted
 
 

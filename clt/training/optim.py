@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from clt.config import TrainingConfig
-from clt.errors import ConfigError
+from clt.errors import CheckpointError, ConfigError
 from clt.parallel.gradients import gradient_norm
 from clt.parallel.mesh import Mesh
+from clt.training.block_adam import BlockAdam
 from clt.training.half_adam import HalfAdam
 from clt.training.schedules import default_learning_rate
 
@@ -21,7 +22,9 @@ _MATRICES = frozenset({"W_enc", "W_dec", "U_dec", "V_dec", "W_skip"})
 def build_optimizer(
     named: Mapping[str, nn.Parameter], config: TrainingConfig, n_features: int
 ) -> torch.optim.Optimizer:
-    """Fused Adam or AdamW, either with bf16 moments, or AdamW with 8-bit ones; weight decay reaches matrices only.
+    """Fused Adam or AdamW, with bf16 moments or in the host's memory if asked for, or AdamW with 8-bit ones.
+
+    Weight decay reaches matrices only.
 
     Biases (`b_dec` holds one per target), thresholds, offsets and scales are named, not told by their shape, and never
     decay.
@@ -38,8 +41,11 @@ def build_optimizer(
     }
     if config.optimizer == "adamw8bit":
         return _eight_bit()(groups, **options)
+    by_blocks: dict[str, Any] = {"is_decoupled": config.optimizer == "adamw", "is_offloaded": config.offload_optimizer}
     if config.optimizer_state == "bf16":
-        optimizer = HalfAdam(groups, **options, seed=config.seed, is_decoupled=config.optimizer == "adamw")
+        optimizer = HalfAdam(groups, **options, **by_blocks, seed=config.seed)
+    elif config.offload_optimizer:
+        optimizer = BlockAdam(groups, **options, **by_blocks)
     else:
         cls = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
         optimizer = cls(groups, **options, fused=True)
@@ -137,9 +143,15 @@ def _parts(key: str, value: Any) -> list[tuple[str, Tensor]]:
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Put back what `optimizer_tensors` gave."""
+    """Put back what `optimizer_tensors` gave; weights must be back already.
+
+    Raises:
+        CheckpointError: master weights were saved, which this optimiser has no use for.
+    """
     if any(":" in name for name in tensors):
         _take_a_first_step(optimizer, list(parameters.values()))
+    if isinstance(optimizer, BlockAdam):
+        optimizer.begin()
     for name, value in tensors.items():
         parameter, key = name.rsplit("/", 1)
         state = optimizer.state[parameters[parameter]]
@@ -147,9 +159,14 @@ def restore_optimizer(
             moment, part = key.split(":")
             getattr(state[moment], part).copy_(value)
         elif key in state:
-            state[key] = value.to(state[key])
+            state[key].copy_(value)
+        elif key == "master":
+            raise CheckpointError(
+                f"The checkpoint holds fp32 master weights of {parameter}, which only an optimiser in the host's "
+                "memory keeps. Go on with --offload-optimizer."
+            )
         else:
-            state[key] = value.to(value.device if key == "step" else parameters[parameter].device)
+            state[key] = value.to(parameters[parameter].device)
 
 
 def _take_a_first_step(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:

@@ -15,8 +15,10 @@ from clt.config import CLTConfig, TrainingConfig
 from clt.errors import ConfigError
 from clt.training.devices import Cluster, parse_cluster
 from clt.training.memory import (
+    HostMemory,
     StepMemory,
     evaluation_bytes,
+    host_memory,
     kept_here,
     n_parameters,
     setup_bytes,
@@ -46,6 +48,8 @@ class Assumptions:
     """Network between machines, gigabits per second and device."""
     data_gbytes: float = 5.0
     """What each machine reads activations with, 10^9 bytes per second: a fast local disk."""
+    host_gbytes: float = 25.0
+    """Between a GPU and its machine's memory, 10^9 bytes per second and direction: PCIe 4.0 with 16 lanes."""
 
     def __post_init__(self) -> None:
         for name in Assumptions.__dataclass_fields__:
@@ -125,7 +129,12 @@ class Plan:
     def memory(self) -> StepMemory:
         """Of each device, at the peak of a step."""
         tokens = min(self.tokens, self.training.micro_batch_tokens or self.tokens)
-        return step_memory(self.clt, self.training, tokens, self.route, self.tp)
+        return step_memory(self.clt, self.training, tokens, self.route, self.tp, self.cluster.device.is_gpu)
+
+    @property
+    def host(self) -> HostMemory:
+        """Of the machine's memory, for each device; a part of `memory` where that is the device's."""
+        return host_memory(self.clt, self.training, self.tp)
 
     @property
     def peak(self) -> int:
@@ -138,7 +147,7 @@ class Plan:
         return {
             "step": self.memory.total,
             "setup": setup_bytes(self.clt, self.tp),
-            "evaluation": evaluation_bytes(self.clt, self.training, self.tokens, self.tp),
+            "evaluation": evaluation_bytes(self.clt, self.training, self.tokens, self.tp, self.cluster.device.is_gpu),
         }
 
     @property
@@ -205,6 +214,8 @@ class Plan:
         # Weight and moments are read and written; gradients read for norm, clipping and update, decoders for norms.
         touched = 3 * weight_bytes(self.clt) + 2 * state_bytes(self.clt, self.training) + 3 * weight_bytes(self.clt)
         optimiser = n_parameters(self.clt, self.tp) * touched / device.memory_bandwidth
+        if device.is_gpu:  # states come while others go
+            optimiser = max(optimiser, self.host.states / (how.host_gbytes * 1e9))
         network = how.network_gbits * 1e9 / 8
         crosses = {"tp": self.tp > self.cluster.per_node, "dp": self.tp * self.dp > self.cluster.per_node}
         speed = {axis: network if crosses[axis] else device.link_bandwidth for axis in crosses}
@@ -224,6 +235,7 @@ class Plan:
             "tokens_per_step_and_device": self.tokens,
             "memory_bytes": asdict(memory),
             "moments_bytes": self.moments,
+            "host_bytes": asdict(self.host),
             "peak_bytes": self.peak,
             "usable_bytes": self.usable,
             "device_bytes": self.cluster.device.memory,

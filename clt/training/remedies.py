@@ -11,6 +11,8 @@ from clt.training.plan import Plan, plan_run
 from clt.training.route_options import chooses_k, why_plain
 
 _MOST_DEVICES = 4096
+_OFFLOAD: dict[str, Any] = {"offload_optimizer": True}
+_EIGHT_BITS: dict[str, Any] = {"optimizer": "adamw8bit", "optimizer_state": "fp32", "offload_optimizer": False}
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,13 @@ def _candidates(base: Plan) -> Iterator[Remedy]:
         yield Remedy(flags, costs, _again(base, {}, training))
     by_autograd = {"optimizer_in_backward": False, "route": "auto"}
     if base.clt.clt_dtype in (None, "float32"):
-        rounded, costs = {"clt_dtype": "bfloat16"}, "weights and moments rounded to bf16 at each step; by autograd"
+        rounded, what = {"clt_dtype": "bfloat16"}, "weights and moments rounded to bf16 at each step"
+        if base.training.offload_optimizer:
+            what = "weights rounded to bf16 on the device, with fp32 masters in the machine's memory"
+        costs = f"{what}; by autograd"
         yield Remedy("--clt-dtype bfloat16", costs, _again(base, rounded, by_autograd))
         costs = "weights rounded to bf16 at each step; by autograd; needs torchao"
-        eight = _again(base, rounded, {"optimizer": "adamw8bit", **by_autograd})
+        eight = _again(base, rounded, {**_EIGHT_BITS, **by_autograd})
         yield Remedy("--clt-dtype bfloat16 --optimizer adamw8bit", costs, eight)
     if base.clt.decoder_tying == "none" and base.clt.decoder_rank is None:
         yield from _fewer_targets(base)
@@ -85,8 +90,12 @@ def _trainings(base: Plan) -> Iterator[tuple[str, str, dict[str, Any]]]:
     if by_hand and base.is_alone and not training.optimizer_in_backward and training.skip_nonfinite_steps == 0:
         streams = {"optimizer_in_backward": True, "gradient_clip_val": None, "micro_batch_tokens": None}
         yield "--optimizer-in-backward --gradient-clip-val None", "no gradient clipping", streams
-    if base.is_alone and training.optimizer != "adamw8bit":
-        yield "--optimizer adamw8bit", "moments in 8 bits; needs torchao", {"optimizer": "adamw8bit"}
+    if base.cluster.device.is_gpu and training.optimizer != "adamw8bit" and not training.offload_optimizer:
+        taken = _again(base, {}, _OFFLOAD).host.states / 1e9
+        costs = f"{taken:,.1f} GB of the machine's memory per device, read and written over its link at each step"
+        yield "--offload-optimizer", costs, _OFFLOAD
+    if base.is_alone and training.optimizer != "adamw8bit" and not training.offload_optimizer:
+        yield "--optimizer adamw8bit", "moments in 8 bits; needs torchao", _EIGHT_BITS
 
 
 def _fewer_targets(base: Plan) -> Iterator[Remedy]:
@@ -128,7 +137,7 @@ def _together(base: Plan) -> Iterator[Remedy]:
     """Everything of `_trainings` at once, and then with the widest window that fits as well."""
     flags, costs, training = [], [], dict[str, Any]()
     for each in _trainings(base):
-        if "optimizer_in_backward" not in each[2]:
+        if "optimizer_in_backward" not in each[2] and not (each[2] is _EIGHT_BITS and "offload_optimizer" in training):
             flags, costs, training = [*flags, each[0]], [*costs, each[1]], {**training, **each[2]}
     whole = _again(base, {}, training)
     yield Remedy(" ".join(flags), "; ".join(costs), whole)

@@ -31,18 +31,19 @@ CASES = {
     "jumprelu": ({"activation_fn": "jumprelu", "jumprelu_reach": "all"}, {"preactivation_coef": 0.01}, {}),
     "jumprelu span, steered": (
         {"activation_fn": "jumprelu", "decoder_tying": "per_source", "enable_feature_scale": True},
-        {"sparsity_span_penalty": 0.5, "sparsity_target_l0": 1.5, "sparsity_target_tokens": 300, "ema_decay": 0.9},
+        {"sparsity_span_penalty": 0.5, "sparsity_target_l0": 1.5, "sparsity_target_tokens": 300, "ema_decay": 0.9}
+        | {"async_save": True},
         {"shard_optimizer": True},
     ),
     "jumprelu low rank": ({"activation_fn": "jumprelu", "decoder_rank": 3}, {"sparsity_lambda": 0.1}, {}),
-    "topk": (TOPK, DEAD, {"one_reader": True}),
+    "topk": (TOPK, {**DEAD, "async_save": True}, {"one_reader": True}),
     "topk global": ({**TOPK, "topk_mode": "global"}, {**DEAD, "k_anneal_steps": 6, "k_anneal_start": 3.0}, {}),
     "topk per_source": (
         {**TOPK, "decoder_tying": "per_source", "enable_feature_offset": True, "post_encoder": "pair"},
         {"skip_connection": True},
         {},
     ),
-    "batchtopk": (BATCH, DEAD, {"shard_optimizer": True}),
+    "batchtopk": (BATCH, {**DEAD, "offload_optimizer": True}, {"shard_optimizer": True}),
     "batchtopk per_layer": (
         {**BATCH, "batchtopk_mode": "per_layer", "decoder_tying": "per_target", "ranking": "value"},
         {"micro_batch_tokens": 24},
@@ -199,6 +200,7 @@ def resume(data, out, first, *others):
             trainer = trainer_of(data, begun / case, case, mesh)
             for step in trainer.steps():
                 if step == 5:
+                    trainer.checkpoints.finish()
                     break
 
     run(first, begin)
