@@ -149,8 +149,9 @@ class HallusionBench(JudgeOptions):
         wording = self.wording(PROMPT, FIELDS)
         judged = self.asked([filled(wording, self._values(id, responses[id])) for id in answered])
         rulings = {id: None if reply is None else ruling_in(reply) for id, reply in zip(answered, judged.replies)}
-        n_replies = len(answered) - judged.provenance["n_judge_failures"]
-        n_unread = n_replies - sum(ruling is not None for ruling in rulings.values())
+        n_read = sum(ruling is not None for ruling in rulings.values())
+        judged.require_read(n_read)
+        n_unread = len(answered) - judged.provenance["n_judge_failures"] - n_read
         return rulings, {
             **judged.provenance,
             "template": str(self.template or "built in"),

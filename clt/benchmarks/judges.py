@@ -104,6 +104,9 @@ def _content(answer: httpx.Response) -> str | BenchmarkError:
     return content if isinstance(content, str) else BenchmarkError(f"the reply holds no text: {content!r}")
 
 
+PATIENCE = 5
+"""When so many calls fail and none has succeeded yet, the others are not made: each may wait for its timeout."""
+
 JudgeFactory = Callable[..., Judge]
 _FACTORIES: dict[str, JudgeFactory] = {"openai": OpenAIJudge}
 
@@ -138,6 +141,20 @@ class Judged(NamedTuple):
     """None where the call failed."""
     provenance: dict[str, Any]
 
+    def require_read(self, n_read: int) -> None:
+        """See that some reply said what was asked for: a score of replies that nobody can read is no score.
+
+        Raises:
+            BenchmarkError: none of them could be read.
+        """
+        given = [reply for reply in self.replies if reply is not None]
+        if given and not n_read:
+            raise BenchmarkError(
+                f"None of {len(given):,} replies of the judge {self.provenance['judge_model']!r} could be read. The "
+                f"first: {given[0][:200]!r}. Is the model able to follow the prompt, and does --option template=FILE "
+                "ask for the same form of reply?"
+            )
+
 
 def ask(name: str, prompts: Sequence[str], log: Path | None, model: str | None, **options: Any) -> Judged:
     """Ask the judge, keeping every reply; a prompt that the log answers already is not asked again.
@@ -150,7 +167,8 @@ def ask(name: str, prompts: Sequence[str], log: Path | None, model: str | None, 
         options: of the judge.
 
     Raises:
-        BenchmarkError: no log, a log that lacks replies (`file`), no such judge, or every single call failed.
+        BenchmarkError: no log, a log that lacks replies (`file`), no such judge, or every single call (or each of the
+            first `PATIENCE`) failed.
     """
     if log is None:
         raise BenchmarkError(
@@ -164,7 +182,12 @@ def ask(name: str, prompts: Sequence[str], log: Path | None, model: str | None, 
     errors: list[str] = []
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as file:
-        for prompt in asked:
+        for n_asked, prompt in enumerate(asked):
+            if n_asked == len(errors) == PATIENCE:
+                raise BenchmarkError(
+                    f"The first {PATIENCE} calls of the judge {judge.model!r} failed, so the other "
+                    f"{len(asked) - PATIENCE:,} were not made. The last: {errors[-1]}."
+                )
             (reply,) = judge([prompt])
             failed = str(reply) if isinstance(reply, BenchmarkError) else None
             errors += [failed] if failed is not None else []

@@ -107,7 +107,7 @@ class LlavaBench(JudgeOptions):
         """Have the responses marked.
 
         Raises:
-            BenchmarkError: an unknown id, no response at all, or no judge.
+            BenchmarkError: an unknown id, no response at all, no judge, or no reply that can be read.
         """
         answered = answered_ids("llava-bench", self._questions, responses)
         judged = self.asked([self._prompt(id, responses[id]) for id in answered])
@@ -116,6 +116,7 @@ class LlavaBench(JudgeOptions):
             "llava-bench", self._questions, responses, lambda id, _: self._count(id, replies[id])
         )
         totals = summed(scores)
+        judged.require_read(len(scores) - judged.provenance["n_judge_failures"] - int(totals["unparsed"]))
         notes = {
             "template": str(self.template or "built in"),
             "n_parse_failures": totals["unparsed"],

@@ -84,13 +84,14 @@ class MMHal(JudgeOptions):
         """Have the responses rated.
 
         Raises:
-            BenchmarkError: an unknown id, no response at all, or no judge.
+            BenchmarkError: an unknown id, no response at all, no judge, or no reply that can be read.
         """
         answered = answered_ids("mmhal", self._rows, responses)
         judged = self.asked([self._prompt(id, responses[id]) for id in answered])
         replies = dict(zip(answered, judged.replies))
         scores, provenance = tally("mmhal", self._rows, responses, lambda id, _: self._count(id, replies[id]))
         totals = summed(scores)
+        judged.require_read(int(totals["judged"] - totals["unparsed"]))
         notes = {
             "template": str(self.template or "built in"),
             "n_parse_failures": totals["unparsed"],

@@ -128,6 +128,29 @@ def test_a_judge_that_only_fails_is_an_error(questions, scripted):
         mmhal(questions, judge="scripted").score(ANSWERS)
 
 
+def test_a_judge_that_never_answers_is_not_waited_for_a_thousand_times(questions, scripted):
+    rows = json.loads(questions.read_text())
+    questions.write_text(json.dumps(rows * 3))
+    judge = scripted(*[BenchmarkError("ReadTimeout")] * 12)
+    answers = {str(place): f"Answer {place}." for place in range(12)}
+    with pytest.raises(BenchmarkError, match=r"first 5 calls of the judge 'scripted' failed.*other 7 .*ReadTimeout"):
+        mmhal(questions, judge="scripted").score(answers)
+    assert len(judge.asked) == 5
+
+
+def test_one_answer_is_enough_to_go_on_after_failures(questions, scripted):
+    questions.write_text(json.dumps(json.loads(questions.read_text()) * 3))
+    scripted("rating: 6", *[BenchmarkError("ReadTimeout")] * 11)
+    report = mmhal(questions, judge="scripted").score({str(place): f"Answer {place}." for place in range(12)})
+    assert report.provenance["n_judge_failures"] == 11
+
+
+def test_a_judge_that_only_talks_nonsense_is_an_error(questions, scripted):
+    scripted(*["banana"] * 4)
+    with pytest.raises(BenchmarkError, match=r"None of 4 replies of the judge 'scripted' could be read.*'banana'"):
+        mmhal(questions, judge="scripted").score(ANSWERS)
+
+
 def test_unknown_ids_are_refused_before_anybody_is_asked(questions, scripted):
     judge = scripted("rating: 6")
     with pytest.raises(BenchmarkError, match="'99'"):
