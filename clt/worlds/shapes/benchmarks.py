@@ -14,6 +14,7 @@ from clt.benchmarks import About, CountingBenchmark, SampleScore, Verdict
 from clt.benchmarks.base import ratio
 from clt.benchmarks.yes_no import cell_or_unread, confusion_metrics, undefined_metrics
 from clt.config.base import require_one_of, require_positive
+from clt.errors import ConfigError
 from clt.types import Sample
 from clt.worlds.base import SPLITS
 from clt.worlds.shapes import score, text
@@ -162,6 +163,8 @@ class Shapes(_Scenes):
 
     n: int = 600
     """How many scenes."""
+    asked: int | None = None
+    """Ask questions about the first so many of them only; None: about all."""
 
     about = About(
         name="shapes",
@@ -172,14 +175,19 @@ class Shapes(_Scenes):
         max_new_tokens=40,
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.asked is not None and not 0 < self.asked <= self.n:
+            raise ConfigError(f"Shapes.asked = {self.asked} must be from 1 to n = {self.n}, the number of scenes.")
+
     @cached_property
     def _parts(self) -> tuple[ShapesAmber, ShapesPope]:
         where = {"seed": self.seed, "split": self.split}
-        n_questions = QUESTIONS_PER_SCENE * self.n
+        n_questions = QUESTIONS_PER_SCENE * (self.asked or self.n)
         return ShapesAmber(n=self.n, **where), ShapesPope(n=n_questions, **where)
 
     def samples(self) -> Sequence[Sample]:
-        """Scene by scene: the request for a description, then the questions."""
+        """Scene by scene: the request for a description, then the questions if there are any."""
         described, asked = (part.samples() for part in self._parts)
         size = QUESTIONS_PER_SCENE
         return [each for n, one in enumerate(described) for each in (one, *asked[size * n : size * (n + 1)])]

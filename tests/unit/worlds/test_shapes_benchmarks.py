@@ -63,3 +63,16 @@ def test_splits_and_seeds_draw_other_scenes():
         ShapesAmber(split="validation")
     with pytest.raises(ConfigError, match="n = 0"):
         ShapesPope(n=0)
+
+
+def test_questions_may_be_asked_about_the_first_scenes_only():
+    every, some = benchmarks.load("shapes", n=4), benchmarks.load("shapes", n=4, asked=1)
+    kept = [sample for sample in every.samples() if "label" not in sample.meta or "/0/question" in sample.id]
+    assert [sample.id for sample in some.samples()] == [sample.id for sample in kept]
+    assert len(kept) == 4 + 6
+    answers = {sample.id: sample.meta["reference"] for sample in some.samples()}
+    report = some.score(answers)
+    assert report.metrics["cover"] == report.metrics["adversarial_accuracy"] == 100
+    for wrong in (0, 5):
+        with pytest.raises(ConfigError, match=rf"asked = {wrong} must be from 1 to n = 4"):
+            benchmarks.load("shapes", n=4, asked=wrong)
