@@ -6,7 +6,9 @@ template `blocks.{}.hook_resid_mid` is accepted wherever a module path is.
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from clt.errors import HostModelError
@@ -22,6 +24,7 @@ _NORMS_BEFORE = (
     "final_layer_norm",
 )
 _NORMS_AFTER = ("post_feedforward_layernorm", "post_mlp_layernorm")
+NORMALISED = "ln2.hook_normalized"
 NAMES = ("hook_resid_mid", "hook_mlp_out", "mlp.hook_in", "mlp.hook_out")
 
 
@@ -51,6 +54,37 @@ def resolved_template(model: PreTrainedModel, template: str, side: str) -> str:
         f"{template!r} names a place that no module of {type(model).__name__} has (known: {', '.join(NAMES)}). Give "
         "module paths with input_template and output_template."
     )
+
+
+def norm_scale(model: PreTrainedModel, layer: int) -> tuple[Tensor, Tensor]:
+    """Scale and bias, `[d_model]` each, that the norm before a layer's MLP applies to the normalised residual stream.
+
+    TransformerLens' `ln2.hook_normalized` is the norm's output less this bias, divided by this scale. Some norms keep
+    the scale as its weight and others as weight + 1 (Gemma): which, is found by calling the norm.
+
+    Raises:
+        HostModelError: no norm of a known name, one that does neither, or a scale with a 0 in it.
+    """
+    path = find_templates(model)[0].removesuffix(".input").format(layer)
+    block_path, _, mlp = path.rpartition(".")
+    block = model.get_submodule(block_path)
+    norm = block.get_submodule(_norm_before(block, NORMALISED, mlp))
+    weights = dict(norm.named_parameters())
+    if "weight" not in weights:
+        one = torch.ones(model.get_input_embeddings().weight.shape[1])
+        return one, torch.zeros_like(one)
+    weight = weights["weight"].detach()
+    bias = weights["bias"].detach() if "bias" in weights else torch.zeros_like(weight)
+    zeroed = {name: torch.zeros_like(each) for name, each in weights.items()}
+    with torch.no_grad():
+        silent = functional_call(norm, zeroed, (torch.ones_like(weight).cumsum(0)[None],)).abs().max() == 0
+    scale = weight if silent else weight + 1
+    if not bool((scale != 0).all()):
+        raise HostModelError(
+            f"The norm before layer {layer}'s MLP has the scale 0 in {int((scale == 0).sum())} of "
+            f"{len(scale)} dimensions: {NORMALISED} cannot be had from what the MLP reads."
+        )
+    return scale, bias
 
 
 def _norm_before(block: nn.Module, name: str, mlp: str) -> str:

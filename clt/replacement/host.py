@@ -12,7 +12,7 @@ from torch import Tensor
 from clt.lm import HostInputs, ModelAdapter
 from clt.models import BaseTranscoder
 from clt.replacement.intervention import Edit, Interventions
-from clt.replacement.model import check_fit
+from clt.replacement.loading import check_fit
 from clt.replacement.passes import Passes
 from clt.replacement.statistics import check_std
 from clt.replacement.steerable import Steerable

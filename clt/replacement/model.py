@@ -11,13 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from clt.config import CLTConfig
-from clt.errors import ConfigError, HostModelError
+from clt.errors import ConfigError
 from clt.lm import HostInputs, ModelAdapter
-from clt.lm.hook_names import resolved_template
 from clt.models import BaseTranscoder
 from clt.replacement.intervention import Edit, Interventions
-from clt.replacement.loading import open_pair
+from clt.replacement.loading import check_fit, open_pair
 from clt.replacement.passes import Passes
 from clt.replacement.recording import FeatureRecord, SampleFeatures
 from clt.replacement.running import RunningPrediction
@@ -202,30 +200,3 @@ def _chosen_layers(
 
 def _ranges(layers: Sequence[int]) -> str:
     return f"{layers[0]} to {layers[-1]}" if layers else "none"
-
-
-def check_fit(adapter: ModelAdapter, config: CLTConfig) -> None:
-    """Refuse a transcoder of another host, or one whose layers cannot be computed one after the other."""
-    for name, ours, theirs in (
-        ("layers", adapter.n_layers, config.num_layers),
-        ("d_model", adapter.d_model, config.d_model),
-    ):
-        if ours != theirs:
-            raise HostModelError(
-                f"The host {adapter.name} has {name} = {ours}, the transcoder {theirs}. It was trained on "
-                f"{config.model_name or 'another host'}; open that one, or train a transcoder on this one."
-            )
-    for side, ours, theirs in (
-        ("input", adapter.input_template, config.mlp_input_template),
-        ("output", adapter.output_template, config.mlp_output_template),
-    ):
-        if theirs is not None and resolved_template(adapter.model, theirs, side) != ours:
-            raise HostModelError(
-                f"The transcoder was trained on {theirs}, but the host's MLP {side} is taken at {ours}. Open the host "
-                f"with {side}_template={theirs!r}."
-            )
-    if config.activation_fn == "topk" and config.topk_mode == "global":
-        raise ConfigError(
-            "A transcoder with topk_mode = 'global' chooses a layer's features by looking at later layers, which in a "
-            "replacement model do not exist yet. Convert it to JumpReLU first, or train with topk_mode = 'per_layer'."
-        )

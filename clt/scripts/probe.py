@@ -5,8 +5,7 @@ from __future__ import annotations
 from clt.config import CLTConfig, TrainingConfig
 from clt.errors import ConfigError
 from clt.replacement import FidelityProbe
-from clt.replacement.loading import open_host
-from clt.replacement.model import check_fit
+from clt.replacement.loading import check_fit, open_host
 from clt.scripts import fidelity
 from clt.types import choose_device
 

@@ -59,7 +59,10 @@ def read(folder: Path) -> Portable:
         normalization_method="rms" if _SCALES[0][1] in files[0] else "none",
         clt_dtype=stored_as(files[0].tensor("b_enc"), files[0].tensor("b_dec"), files[0].rows("W_enc", 0)),
     )  # fmt: skip
-    note = "It reads what enters the MLP after the norm, before the norm's learned scale (hook_normalized)."
+    note = (
+        "It reads what enters the MLP after the norm, before the norm's learned scale (ln2.hook_normalized); opened "
+        "with its host, it takes that scale over."
+    )
     return Portable(NAME, config, lambda: _tensors(config, files), (note,))
 
 

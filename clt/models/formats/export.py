@@ -300,7 +300,11 @@ def _to_clt_forge(transcoder: CrossLayerTranscoder, target: Target) -> list[str]
     }  # fmt: skip
     write_text_atomically(target.folder / "clt_cfg.json", json.dumps(values, indent=2) + "\n")
     save_tensors(tensors, target.folder / "clt_weights.safetensors")
-    return [] if per_layer else _padding_note(plain)
+    place = target.hooks.input
+    note = "clt-forge's files do not say where they read: it takes ln2.hook_normalized, "
+    note += f"this transcoder reads {place or 'an unnamed place'}."
+    notes = [] if place is not None and place.endswith("ln2.hook_normalized") else [note]
+    return notes if per_layer else notes + _padding_note(plain)
 
 
 def _to_ours(transcoder: CrossLayerTranscoder, target: Target) -> list[str]:
