@@ -71,7 +71,7 @@ def norm_scale(model: PreTrainedModel, layer: int) -> tuple[Tensor, Tensor]:
     norm = block.get_submodule(_norm_before(block, NORMALISED, mlp))
     weights = dict(norm.named_parameters())
     if "weight" not in weights:
-        one = torch.ones(model.get_input_embeddings().weight.shape[1])
+        one = torch.ones(model.config.get_text_config().hidden_size)
         return one, torch.zeros_like(one)
     weight = weights["weight"].detach()
     bias = weights["bias"].detach() if "bias" in weights else torch.zeros_like(weight)
