@@ -95,6 +95,10 @@ class ServerClient:
                 self._send("PUT", f"{url}?offset={received}", content=file.read(UPLOAD_BLOCK), accept=(409,))
         self._send("POST", url, json={"sha256": checksum})
 
+    def checksum_of(self, name: str) -> str | None:
+        """SHA-256 of a shard as it lies on the server, which reads it through; None: it is not there."""
+        return self._send("GET", f"{self._dataset_url}/uploads/{name}").json().get("sha256")
+
     def upload_the_seeds_way(self, number: int, path: Path) -> None:
         """Send a chunk in one multipart request, as crosslayer-coding's server wants it."""
         url = f"{self._dataset_url}/chunks/{number}"

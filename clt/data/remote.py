@@ -54,7 +54,22 @@ class RemoteSource(ShardSource):
             return read_statistics(path, info.num_layers, info.d_model, self.metadata.total_tokens)
 
     def verify(self) -> None:
-        """Checksums are the server's own business; what it sends is checked for size."""
+        """Have the server read every shard, and compare with the metadata.
+
+        Raises:
+            DatasetError: naming what differs; or the server is crosslayer-coding's, which keeps no checksums.
+        """
+        wanted = {shard.file: shard.sha256 for shard in self.metadata.shards if shard.sha256 is not None}
+        if not wanted:
+            raise DatasetError(f"{self.client.where} has no checksums to compare with: its metadata names none.")
+        found = {name: self.client.checksum_of(name) for name in wanted}
+        damaged = [f"  {name}: {found[name]} instead of {sha}" for name, sha in wanted.items() if found[name] != sha]
+        if damaged:
+            raise DatasetError(
+                f"{self.client.where}: {len(damaged)} of {len(wanted)} shards lack the SHA-256 that it names:\n"
+                + "\n".join(damaged)
+                + "\nThey were changed or damaged on the server. Upload them again."
+            )
 
     def _slice(self, shard: int, wanted: np.ndarray) -> torch.Tensor:
         number = int(self.metadata.shards[shard].file.split("_")[1].split(".")[0])

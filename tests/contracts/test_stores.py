@@ -274,3 +274,19 @@ def test_one_damaged_byte_at_an_address_is_noticed(root, web, monkeypatch, capsy
     assert f"{shard.file} has the SHA-256" in capsys.readouterr().err
     with pytest.raises(DatasetError, match="says"):
         LocalActivationStore(url).verify()
+
+
+def test_one_damaged_byte_on_a_server_is_noticed(root, tmp_path):
+    shutil.copytree(root / "org", tmp_path / "org")
+    app = create_app(tmp_path)
+    store = RemoteActivationStore(client=client_of(through(app)), prefetch_batches=0)
+    store.verify()
+    shard = tmp_path / "org" / "set" / store.metadata.shards[1].file
+    data = bytearray(shard.read_bytes())
+    data[-5] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(DatasetError, match=f"1 of 3 shards.*\n.*{shard.name}"):
+        store.verify()
+    theirs = RemoteActivationStore(client=client_of(through(app, as_seed=True)), prefetch_batches=0)
+    with pytest.raises(DatasetError, match="names none"):
+        theirs.verify()
