@@ -22,7 +22,7 @@ from clt.benchmarks.matching import Annotated, attainable, credit
 from clt.benchmarks.nouns import NounExtractor, reachable_words
 from clt.benchmarks.nouns_nltk import EXTRACTORS, amber_nouns
 from clt.benchmarks.similarity import SIMILARITIES, Similarity, similarity
-from clt.config.base import require_one_of
+from clt.config.base import require_numbers, require_one_of
 from clt.errors import ConfigError
 from clt.types import Sample
 
@@ -69,6 +69,7 @@ class AmberGenerative:
             ("rule", ("attainable", "coverage")),
         ):
             require_one_of("AmberGenerative", name, getattr(self, name), allowed)
+        require_numbers("AmberGenerative", good_cover=self.good_cover, bad_cover=self.bad_cover, digits=self.digits)
         if self.bad_cover > self.good_cover:
             raise ConfigError(
                 f"AmberGenerative.bad_cover = {self.bad_cover} must not be above good_cover = {self.good_cover}: a "

@@ -57,6 +57,8 @@ def missing_for_nltk() -> str | None:
         lines = (_COLOUR.sub("", line).strip() for line in str(error).splitlines())
         named = next((line for line in lines if line.startswith("Resource")), "a resource")
         return f"NLTK's data ({named})"
+    except OSError as error:
+        return f"NLTK's data, whole: its folder is there, but a file of it is not ({error})"
     return None
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
+from numbers import Real
 from typing import Any
 
 from clt.benchmarks.base import Benchmark
@@ -80,8 +81,8 @@ def load(name: str, **options: Any) -> Benchmark:
     """The benchmark of that name, reading its files as far as it needs them now.
 
     Raises:
-        BenchmarkError: no such benchmark, an option it does not have, one that it needs and did not get, or data
-            that cannot be read.
+        BenchmarkError: no such benchmark, an option it does not have, one that is no number although its default is,
+            one that it needs and did not get, or data that cannot be read.
     """
     factory, known = factory_of(name), options_of(name)
     takes_all = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in known.values())
@@ -95,4 +96,14 @@ def load(name: str, **options: Any) -> Benchmark:
     if missing:
         flags = ", ".join(f"--{each.replace('_', '-')}" for each in missing)
         raise BenchmarkError(f"{name} needs {', '.join(missing)} (on the command line: {flags}).")
+    _check_numbers(name, known, options)
     return factory(**options)
+
+
+def _check_numbers(name: str, known: Mapping[str, inspect.Parameter], options: Mapping[str, Any]) -> None:
+    """Options whose default is a number are numbers."""
+    for option, value in options.items():
+        default = known[option].default if option in known else None
+        is_number = isinstance(default, Real) and not isinstance(default, bool)
+        if is_number and not isinstance(value, Real):
+            raise BenchmarkError(f"{name}: option {option} = {value!r} must be a number, such as {default}.")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from numbers import Real
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -89,8 +90,16 @@ def require_one_of(owner: str, name: str, value: object, allowed: tuple[object, 
         raise ConfigError(f"{owner}.{name} = {value!r} is not one of {', '.join(map(repr, allowed))}.")
 
 
+def require_numbers(owner: str, **values: Any) -> None:
+    """Refuse what is no number; None means 'not set' and passes."""
+    for name, value in values.items():
+        if value is not None and not isinstance(value, Real):
+            raise ConfigError(f"{owner}.{name} = {value!r} must be a number.")
+
+
 def require_positive(owner: str, **values: float | int | None) -> None:
-    """Refuse numbers that are zero or below; None means 'not set' and passes."""
+    """Refuse numbers that are zero or below, and what is no number; None means 'not set' and passes."""
+    require_numbers(owner, **values)
     for name, value in values.items():
         if value is not None and value <= 0:
             raise ConfigError(f"{owner}.{name} = {value} must be greater than 0.")

@@ -177,8 +177,9 @@ class Shapes(_Scenes):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.asked is not None and not 0 < self.asked <= self.n:
-            raise ConfigError(f"Shapes.asked = {self.asked} must be from 1 to n = {self.n}, the number of scenes.")
+        require_positive("Shapes", asked=self.asked)
+        if self.asked is not None and self.asked > self.n:
+            raise ConfigError(f"Shapes.asked = {self.asked} is more than n = {self.n}, the number of scenes.")
 
     @cached_property
     def _parts(self) -> tuple[ShapesAmber, ShapesPope]:

@@ -55,6 +55,17 @@ def test_without_nltk_the_official_route_says_what_is_missing():
         NltkNouns({"dog"})
 
 
+def test_half_of_the_official_data_is_said_to_be_half(monkeypatch):
+    def cut_off(text):
+        raise FileNotFoundError(2, "No such file or directory", "averaged_perceptron_tagger_eng.weights.json")
+
+    monkeypatch.setattr(nouns_nltk, "find_spec", lambda name: True)
+    monkeypatch.setattr(nouns_nltk, "_nouns", cut_off)
+    assert amber_nouns("auto", {"dog"}).describe()["extractor"] == "rules"
+    with pytest.raises(BenchmarkError, match=r"needs NLTK's data, whole: .*tagger_eng.weights.json"):
+        NltkNouns({"dog"})
+
+
 def test_auto_takes_the_official_route_where_its_data_is(monkeypatch):
     monkeypatch.setattr(nouns_nltk, "missing_for_nltk", lambda: None)
     monkeypatch.setattr(nouns_nltk, "_nouns", lambda text: text.split())
