@@ -4,8 +4,9 @@
     torchrun --nproc-per-node 2 benchmarks/parallel.py --dp 2      as many tokens per rank as one rank alone
     torchrun --nproc-per-node 2 benchmarks/parallel.py --tp 2      half of the features per rank
 
-By autograd on any number of ranks, so that the same work is compared; one thread per rank (OMP_NUM_THREADS=1). Weak
-scaling is the tokens per second of two ranks over twice those of one. Prints one JSON line.
+One thread per rank (OMP_NUM_THREADS=1). Weak scaling is the tokens per second of two ranks over twice those of one.
+With --route plain autograd computes the step, as it always does for topk and batchtopk in parts (--tp). Prints one JSON
+line.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Options:
     k: int = 32
     steps: int = 12
     """Of which the first two do not count."""
+    route: Literal["auto", "plain"] = "auto"
     tp: int | None = None
     dp: int | None = None
 
@@ -65,7 +67,7 @@ def measure(options: Options, mesh: Mesh) -> dict[str, object]:
     )
     here = shard_config(whole, mesh.tp.rank, mesh.tp.size)
     model = CrossLayerTranscoder(here, device=mesh.device, peers=None if mesh.is_alone else Shards(whole, mesh))
-    engine = Engine(model, TrainingConfig(route="plain"), mesh)
+    engine = Engine(model, TrainingConfig(route=options.route), mesh)
     batch = batch_of(options, mesh.dp.rank).to(mesh.device)
     dead = torch.zeros(options.layers, here.num_features, dtype=torch.bool, device=mesh.device)
     seconds = []

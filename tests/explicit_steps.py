@@ -66,12 +66,12 @@ def batch_of(model, tokens=8, seed=0):
     return ActivationBatch(inputs, torch.randn(shape, generator=rng).to(inputs.dtype), kind, rows, rows)
 
 
-def engine_of(model, route, **options):
+def engine_of(model, route, mesh=None, **options):
     """An engine that keeps to a route; mixed is one that only `auto` takes."""
     config = TrainingConfig(
         **{"training_steps": 10, "gradient_clip_val": None, **options, "route": "auto" if route == "mixed" else route}
     )
-    engine = Engine(model, config)
+    engine = Engine(model, config, mesh)
     if route == "mixed":
         engine.routes.route = "mixed"
         engine.routes.observe = lambda active, touched: None

@@ -24,6 +24,9 @@ class Peers:
     first = 0
     """Place of the first feature held here in the whole dictionary."""
 
+    is_split = False
+    """Whether others hold other features, so that what is written to a layer is a sum over ranks."""
+
     def __init__(self, whole: CLTConfig) -> None:
         """Take the configuration of the whole dictionary."""
         self.whole = whole
@@ -46,6 +49,37 @@ class Peers:
         """In each layer the k features of each token with the highest scores, rectified; ties go to the first."""
         chosen = [topk_indices(score, k) for score in scores]
         return [SparseCodes.from_topk(x.gather(1, at).relu(), at, x.shape[1]) for x, at in zip(h, chosen, strict=True)]
+
+    def batch_tokens(self, n_tokens: int) -> int:
+        """Tokens of the whole batch, of which so many are here."""
+        return n_tokens
+
+    def total(self, count: int) -> int:
+        """Of everybody."""
+        return count
+
+    def least(self, value: float) -> float:
+        """Of everybody's values."""
+        return value
+
+    def cut_of_entries(
+        self, scores: Float[Tensor, " entry"], k: float, n_tokens: int, n_candidates: int
+    ) -> Float[Tensor, ""]:
+        """As `cut_of_batch`, from scores that are above a bar and enough.
+
+        Args:
+            scores: of the entries found here.
+            k: per token.
+            n_tokens: of the whole batch.
+            n_candidates: how many scores there are, above the bar or not.
+        """
+        tiny = torch.finfo(scores.dtype).tiny
+        wanted = count_kept(k, n_tokens, n_candidates)
+        if wanted <= 0:
+            return scores.new_full((), torch.inf)
+        if wanted > len(scores):
+            return scores.new_full((), tiny)
+        return scores.kthvalue(len(scores) - wanted + 1).values.clamp_min(tiny)
 
     def cut_per_token(self, scores: Float[Tensor, "token candidate"], k: int) -> Float[Tensor, "token 1"]:
         """Each token's kth highest score."""

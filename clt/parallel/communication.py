@@ -19,8 +19,11 @@ def step_bytes(
     n_features: int,
     n_updated: int = 0,
     has_dead: bool = False,
+    by_hand: bool = False,
 ) -> dict[str, int]:
     """Of a rank that is the first of its groups (the others send a little less), without checkpoints and logging.
+
+    By hand, batchtopk's candidates are counted again (8 bytes) whenever the bar they must lie above has to be lowered.
 
     Args:
         clt: the whole dictionary.
@@ -31,6 +34,7 @@ def step_bytes(
         n_features: per layer, of one part.
         n_updated: parameters that this rank's optimiser looks after for the other copies; 0: each for itself.
         has_dead: topk and batchtopk: some feature is dead, so that AuxK is at work.
+        by_hand: no autograd.
     """
     width = 8 if clt.clt_dtype == "float64" else 4
     tokens = training.train_batch_size_tokens // dp
@@ -51,11 +55,17 @@ def step_bytes(
             shown = tokens * width * clt.num_layers * min(aux, clt.num_features)
             sent["topk candidates"] = sent.get("topk candidates", 0) + shown
     if clt.activation_fn == "batchtopk" and tp * dp > 1:
-        sent["batchtopk counts"] = _COUNTS[width] * _COUNT_BYTES * n_micro * _layers(clt, clt.batchtopk_mode)
+        n_cuts = n_micro * _layers(clt, clt.batchtopk_mode)
+        sent["batchtopk counts"] = _COUNTS[width] * _COUNT_BYTES * n_cuts
+        sent["batchtopk candidates"] = 8 * n_cuts * by_hand
+        if dp > 1:
+            sent["tokens"] = 8 * (n_cuts if by_hand else n_micro)
+    if by_hand and training.route == "auto" and not chooses and tp * dp > 1:
+        sent["density"] = 8
     if dp > 1:
         sent |= {"gradients": n_parameters * width, "features fired": clt.num_layers * n_features * 8}
         sent["updated weights"] = n_updated * width
-        sent["tokens"] = 8 * (1 + (n_micro if clt.activation_fn == "batchtopk" else 0))
+        sent["tokens"] = sent.get("tokens", 0) + 8
     return sent
 
 

@@ -71,6 +71,7 @@ class Shards(Peers):
         super().__init__(whole)
         self._mesh = mesh
         self.first = part_of(whole.num_features, mesh.tp.rank, mesh.tp.size).start
+        self.is_split = not mesh.tp.is_alone
 
     def sum(self, part: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
         """Over the ranks with the same tokens."""
@@ -100,6 +101,25 @@ class Shards(Peers):
         masks = [_winners(score, shown[:, layer], self._mesh.tp.rank, k) for layer, score in enumerate(scores)]
         return [SparseCodes.from_mask(x.relu(), mask) for x, mask in zip(h, masks, strict=True)]
 
+    def batch_tokens(self, n_tokens: int) -> int:
+        """Over the copies of the dictionary."""
+        return self._mesh.dp.total(n_tokens, "tokens", self._mesh.device)
+
+    def total(self, count: int) -> int:
+        """Over all ranks."""
+        return self._mesh.world.total(count, "batchtopk candidates", self._mesh.device)
+
+    def least(self, value: float) -> float:
+        """Over all ranks."""
+        box = torch.tensor([value], dtype=torch.float64, device=self._mesh.device)
+        return float(self._mesh.world.gather(box, "batchtopk candidates").min())
+
+    def cut_of_entries(
+        self, scores: Float[Tensor, " entry"], k: float, n_tokens: int, n_candidates: int
+    ) -> Float[Tensor, ""]:
+        """Digit by digit, from counts over all ranks."""
+        return kth_largest(scores[None], k, n_tokens, n_candidates, self._mesh.world)[0]
+
     def cut_per_token(self, scores: Float[Tensor, "token candidate"], k: int) -> Float[Tensor, "token 1"]:
         """Every rank shows its own best k."""
         k = min(k, self.whole.num_features * self.whole.num_layers)
@@ -110,8 +130,7 @@ class Shards(Peers):
         self, scores: Float[Tensor, "layer token feature"], k: float, together: bool
     ) -> Float[Tensor, " layer"]:
         """Digit by digit, from counts over all ranks: over all features and the whole batch."""
-        layers, n_tokens, _ = scores.shape
-        n_tokens = self._mesh.dp.total(n_tokens, "tokens", scores.device)
+        layers, n_tokens = len(scores), self.batch_tokens(scores.shape[1])
         rows = scores.reshape(1, -1) if together else scores.flatten(1)
         n_candidates = n_tokens * self.whole.num_features * (layers if together else 1)
         return kth_largest(rows, k, n_tokens, n_candidates, self._mesh.world).expand(layers)

@@ -70,10 +70,8 @@ class ExplicitPass:
         work = self._work(batch, step, share)
         fired = torch.zeros_like(dead, dtype=torch.int64)
         sources, touched = self._sources(work, step, route, fired)
-        total = self._minus_targets(batch)
+        total = self._error(sources, batch)
         flat = total.flatten(1)
-        for source in sources:
-            source.add_decoded(flat)
         terms = self._dead_terms(dead)
         pull, auxiliary = (total.new_zeros(()) for _ in range(2))
         if terms is not None:
@@ -112,7 +110,7 @@ class ExplicitPass:
         if model.activation_fn == "jumprelu":
             pull = share * config.preactivation_coef / batch.n_tokens
             if is_negative:
-                pull /= model.num_layers * model.num_features
+                pull /= model.num_layers * self._model.peers.whole.num_features
         return GateTerms(
             price=price,
             steepness=config.sparsity_c,
@@ -163,6 +161,14 @@ class ExplicitPass:
         return DeadTerms(self._model, self._losses, dead) if has_them else None
 
     # --- error and losses -------------------------------------------------------------------------------------
+
+    def _error(self, sources: list[Source], batch: ActivationBatch) -> Float[Tensor, "token layer d_model"]:
+        """Prediction less target, standardised; with parts of the dictionary elsewhere, the sum over all parts."""
+        start, peers = self._minus_targets(batch), self._model.peers
+        total = torch.zeros_like(start) if peers.is_split else start
+        for source in sources:
+            source.add_decoded(total.flatten(1))
+        return peers.sum(total).add_(start) if peers.is_split else total
 
     def _minus_targets(self, batch: ActivationBatch) -> Float[Tensor, "token layer d_model"]:
         """b_dec - y, to which the sources then add: it becomes the error without a further matrix."""

@@ -82,8 +82,7 @@ def _batchtopk(model: CrossLayerTranscoder, encoder: Encoder, norms: Norms, k_fa
     kept: list[Kept] = []
     cuts = torch.zeros_like(model.running_threshold)
     for group in groups:
-        expected = float(model.running_threshold[group[0]])
-        best, cut = _best_of_batch(group, encoder, norms, k, expected, model.b_enc[group[0]].detach())
+        best, cut = _best_of_batch(model, group, encoder, norms, k)
         kept += best
         cuts[group] = cut.to(cuts)
     model.remember_threshold(cuts)
@@ -91,33 +90,34 @@ def _batchtopk(model: CrossLayerTranscoder, encoder: Encoder, norms: Norms, k_fa
 
 
 def _best_of_batch(
-    group: Sequence[int], encoder: Encoder, norms: Norms, k: float, expected: float, like: Tensor
+    model: CrossLayerTranscoder, group: Sequence[int], encoder: Encoder, norms: Norms, k: float
 ) -> tuple[list[Kept], Tensor]:
     """The best entries of all tokens of some layers, k per token on average, and the smallest score among them.
 
     Candidates lie above a bar that is first set a little below the cut expected; if they are too few, it is lowered.
     """
-    bar = (
-        _MARGIN * expected if expected > 0 else _guess(encoder.preactivation(group[0]), norms[group[0]], k / len(group))
-    )
-    found, scores, wanted = _above(bar, group, encoder, norms, k, like)
+    peers, like = model.peers, model.b_enc[group[0]].detach()
+    bar = _MARGIN * float(model.running_threshold[group[0]])
+    if bar <= 0:
+        bar = peers.least(_guess(encoder.preactivation(group[0]), norms[group[0]], k / len(group)))
+    found, scores = _above(bar, group, encoder, norms, like)
+    n_tokens = peers.batch_tokens(len(found[0][0].offsets) - 1)
+    n_candidates = n_tokens * peers.whole.num_features * len(group)
     for factor in _LOWER:
-        if len(scores) >= wanted or bar == 0:
+        if peers.total(len(scores)) >= count_kept(k, n_tokens, n_candidates) or bar == 0:
             break
         bar *= factor
-        found, scores, wanted = _above(bar, group, encoder, norms, k, like)
-    cut = _kth_largest(scores, wanted)
+        found, scores = _above(bar, group, encoder, norms, like)
+    cut = peers.cut_of_entries(scores, k, n_tokens, n_candidates)
     return [kept.where(~(score < cut)) for kept, score in found], cut
 
 
 def _above(
-    bar: float, group: Sequence[int], encoder: Encoder, norms: Norms, k: float, like: Tensor
-) -> tuple[list[tuple[Kept, Tensor]], Tensor, int]:
-    """The entries of some layers with scores above a bar, all their scores, and how many are wanted."""
+    bar: float, group: Sequence[int], encoder: Encoder, norms: Norms, like: Tensor
+) -> tuple[list[tuple[Kept, Tensor]], Tensor]:
+    """The entries of some layers with scores above a bar, and all their scores."""
     found = [encoder.above(layer, norms[layer], torch.full_like(like, bar)) for layer in group]
-    n_tokens, n_features = len(found[0][0].offsets) - 1, found[0][0].n_features
-    wanted = count_kept(k, n_tokens, n_tokens * n_features * len(group))
-    return found, torch.cat([score for _, score in found]), wanted
+    return found, torch.cat([score for _, score in found])
 
 
 def _guess(h: Float[Tensor, "token feature"], norm: Float[Tensor, " feature"] | None, k: float) -> float:
@@ -126,13 +126,3 @@ def _guess(h: Float[Tensor, "token feature"], norm: Float[Tensor, " feature"] | 
     scores = (sample if norm is None else sample * norm.to(sample.dtype)).reshape(-1)
     wanted = min(max(1, round(2 * k * len(sample))), len(scores))
     return max(0.0, float(scores.topk(wanted).values[-1]))
-
-
-def _kth_largest(scores: Float[Tensor, " entry"], k: int) -> Float[Tensor, ""]:
-    """As clt.models.activations.batch_threshold: never below the smallest positive number."""
-    tiny = torch.finfo(scores.dtype).tiny
-    if k <= 0:
-        return scores.new_full((), torch.inf)
-    if k > len(scores):
-        return scores.new_full((), tiny)
-    return scores.kthvalue(len(scores) - k + 1).values.clamp_min(tiny)

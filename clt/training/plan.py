@@ -99,10 +99,10 @@ class Plan:
 
     @property
     def refused(self) -> str | None:
-        """What `clt train` does not do on several devices, where autograd computes the step; None: nothing of this."""
+        """What `clt train` does not do on several devices; None: nothing of this."""
         training = self.training
         odd = {
-            "route": training.route in ("dense", "sparse"),
+            "route": training.route in ("dense", "sparse") and why_plain(self.clt, training, self.tp) is not None,
             "precision": training.precision == "fp16",
             "optimizer": training.optimizer == "adamw8bit",
             "optimizer_in_backward": training.optimizer_in_backward,
@@ -114,7 +114,7 @@ class Plan:
     @property
     def route(self) -> str:
         """How the first steps are computed, when they need most memory."""
-        if not self.is_alone or self.training.route == "plain" or why_plain(self.clt, self.training) is not None:
+        if self.training.route == "plain" or why_plain(self.clt, self.training, self.tp) is not None:
             return "plain"
         half = "bf16" if self.training.precision == "bf16" else "fp32"
         low = BREAK_EVEN_CUDA if self.cluster.device.is_gpu else BREAK_EVEN["compiled"][half]

@@ -8,7 +8,7 @@ from typing import Any
 
 from clt.training.devices import Cluster
 from clt.training.plan import Plan, plan_run
-from clt.training.route_options import chooses_k, why_plain
+from clt.training.route_options import chooses_k
 
 _MOST_DEVICES = 4096
 _OFFLOAD: dict[str, Any] = {"offload_optimizer": True}
@@ -76,7 +76,7 @@ def _candidates(base: Plan) -> Iterator[Remedy]:
 
 def _trainings(base: Plan) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Changes of how it is trained, not of what."""
-    training, by_hand = base.training, why_plain(base.clt, base.training) is None and base.route != "plain"
+    training, by_hand = base.training, base.route != "plain"
     if by_hand and not chooses_k(base.clt) and not training.recompute_encoder:
         yield "--recompute-encoder", "the encoder's products once more", {"recompute_encoder": True}
     if training.precision == "fp32":

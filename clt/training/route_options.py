@@ -15,8 +15,14 @@ BREAK_EVEN_CUDA = 0.005
 """On a GPU."""
 
 
-def why_plain(clt: CLTConfig, training: TrainingConfig) -> str | None:
-    """Which option the hand-written step does not know, as `field = value`; None: it knows them all."""
+def why_plain(clt: CLTConfig, training: TrainingConfig, parts: int = 1) -> str | None:
+    """Which option the hand-written step does not know, as `field = value`; None: it knows them all.
+
+    Args:
+        clt: the transcoder.
+        training: how it is trained.
+        parts: of its features, each on another rank, which choose together what topk and batchtopk keep.
+    """
     odd = {
         "decoder_tying": clt.decoder_tying != "none",
         "decoder_rank": clt.decoder_rank is not None,
@@ -33,7 +39,7 @@ def why_plain(clt: CLTConfig, training: TrainingConfig) -> str | None:
     for name, is_odd in odd.items():
         if is_odd:
             return f"{name} = {getattr(clt if hasattr(clt, name) else training, name)!r}"
-    return None
+    return f"activation_fn = {clt.activation_fn!r} in {parts} parts (--tp)" if parts > 1 and chooses_k(clt) else None
 
 
 def chooses_k(clt: CLTConfig) -> bool:

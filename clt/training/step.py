@@ -109,10 +109,9 @@ class Engine:
 
     def _choose_routes(self) -> RouteChooser | None:
         """The hand-written step, unless it is not wanted or does not know an option."""
-        config, odd = self.config, why_plain(self.model.config, self.config)
-        if odd is None and not self.mesh.is_alone:
-            odd = f"ranks = {self.mesh.size}"
-        require_streaming(config, odd)
+        config, whole = self.config, self.model.peers.whole
+        odd = why_plain(whole, config, self.mesh.tp.size)
+        require_streaming(config, odd if self.mesh.is_alone else f"ranks = {self.mesh.size}")
         if config.route == "plain" or (odd is not None and config.route == "auto"):
             return None
         if odd is not None:
@@ -120,7 +119,7 @@ class Engine:
                 f"TrainingConfig.route = {config.route!r} does not know {odd}, which only autograd computes. "
                 "Use --route auto, or leave that option at its default."
             )
-        return RouteChooser(self.model.config, config, self.device)
+        return RouteChooser(whole, config, self.device)
 
     @property
     def learning_rate(self) -> float:
@@ -191,7 +190,7 @@ class Engine:
                 value = getattr(losses, name).detach()
                 totals[name] = totals[name] + value if name in totals else value
         summed, fired, n_fired = of_all_ranks(totals, fired, self.mesh)
-        self._observe(fired, n_tokens, step)
+        self._observe(n_fired, n_tokens, step)
         losses = Losses(**summed)
         return StepResult(losses, losses.total.new_zeros(()), fired, n_fired, n_tokens)
 
@@ -207,10 +206,15 @@ class Engine:
         self._touched = result.touched
         return result.losses, result.fired
 
-    def _observe(self, fired: Tensor, n_tokens: int, step: int) -> None:
-        """Let the density decide the next step's route."""
-        if self.routes is not None and self.routes.wants_density(step):
-            self.routes.observe(float(fired.sum()) / (n_tokens * fired.numel()), self._touched)
+    def _observe(self, n_fired: Tensor, n_tokens: int, step: int) -> None:
+        """Let the density over all ranks decide the next step's route, which is then the same on all of them."""
+        if self.routes is None or not self.routes.wants_density(step):
+            return
+        whole, world = self.model.peers.whole, self.mesh.world
+        if not self.routes.chooses_k and not world.is_alone:
+            box = torch.tensor([self._touched], dtype=torch.float64, device=self.device)
+            self._touched = float(world.sum_(box, "density")) / world.size
+        self.routes.observe(float(n_fired) / (n_tokens * whole.num_layers * whole.num_features), self._touched)
 
     def _micro_batches(self, batch: ActivationBatch, n_tokens: int) -> Iterator[ActivationBatch]:
         """This rank's rows of each micro-batch of the whole batch of `n_tokens`."""

@@ -187,6 +187,7 @@ def told(trainer):
             n.numel() for name, n in trainer.engine.owned.parameters.items() if name in trainer.engine.owned.rows
         ),
         has_dead=has_dead,
+        by_hand=trainer.engine.routes is not None,
     )
     return counted, {name: n for name, n in formula.items() if n}
 

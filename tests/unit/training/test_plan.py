@@ -209,13 +209,22 @@ def test_a_run_takes_about_what_the_plan_says():
         assert run["ratio"][moment] == pytest.approx(1, abs=0.3)
 
 
-@pytest.mark.parametrize("options", [{"optimizer": "adamw8bit"}, {"route": "dense"}, {"optimizer_in_backward": True}])
+def test_parts_that_choose_together_take_autograds_step_and_others_the_hand_written_one():
+    config = CLTConfig(num_features=1024, num_layers=4, d_model=64)
+    topk = config.replace(activation_fn="topk", topk_k=1)
+    for clt, parts, copies in ((config, "dense", "dense"), (topk, "plain", "sparse")):
+        assert plan_run(clt, TRAINING, "2xH100", tp=2).route == parts
+        assert plan_run(clt, TRAINING, "2xH100", dp=2).route == copies
+    assert plan_run(config, TrainingConfig(route="dense"), "2xH100", tp=2).refused is None
+    assert plan_run(topk, TrainingConfig(route="dense"), "2xH100", tp=2).refused == "route = 'dense'"
+
+
+@pytest.mark.parametrize("options", [{"optimizer": "adamw8bit"}, {"optimizer_in_backward": True}])
 def test_what_several_devices_do_not_know_does_not_fit_them(options):
     config = CLTConfig(num_features=1024, num_layers=4, d_model=64)
     training = TrainingConfig(gradient_clip_val=None, **options)
     assert plan_run(config, training, "1xH100").fits
     several = plan_run(config, training, "2xH100")
-    assert several.route == "plain"
     assert not several.fits
     (name,) = options
     assert (several.refused or "").startswith(f"{name} = ")
