@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from clt.attribution.graph import AttributionGraph, Edges, Patch, Position, TargetNode
-from clt.config.base import write_text_atomically
+from clt.config.base import readable_as_usual, write_text_atomically
 from clt.errors import GraphError
 
 FORMAT = "crosslayer-graph"
@@ -37,7 +37,8 @@ def save_graph(graph: AttributionGraph, folder: Path) -> None:
         "active_values": graph.active_values,
     }
     temporary = folder / f".{TENSORS}.tmp"
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {"format": FORMAT})
+    with readable_as_usual(temporary):
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {"format": FORMAT})
     temporary.replace(folder / TENSORS)
     files = []
     for number, image in enumerate(graph.images):

@@ -1,7 +1,9 @@
 """Options as dataclasses: one field is the flag, the JSON key and its documentation."""
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Generator
 from numbers import Real
 from pathlib import Path
 from typing import Any, TypeVar
@@ -82,6 +84,15 @@ def write_text_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text)
     temporary.replace(path)
+
+
+@contextlib.contextmanager
+def readable_as_usual(path: Path) -> Generator[None]:
+    """Give a file written meanwhile the mode that new files have here: safetensors makes it for its owner alone."""
+    path.touch()
+    mode = path.stat().st_mode
+    yield
+    path.chmod(mode)
 
 
 def require_one_of(owner: str, name: str, value: object, allowed: tuple[object, ...]) -> None:

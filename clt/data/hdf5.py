@@ -19,6 +19,7 @@ from jaxtyping import Int64, Shaped
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
+from clt.config.base import readable_as_usual
 from clt.data.rows import RowFile
 from clt.data.statistics import SIDES
 from clt.errors import ConfigError, DatasetError
@@ -66,7 +67,8 @@ def write_chunk(path: Path, rows: RowFile, compression: str) -> None:
 
 def write_tokens(path: Path, rows: RowFile) -> None:
     """The file beside a chunk that says what each row is."""
-    save_file({name: np.ascontiguousarray(column) for name, column in rows.columns.items()}, path)
+    with readable_as_usual(path):
+        save_file({name: np.ascontiguousarray(column) for name, column in rows.columns.items()}, path)
 
 
 def _as_stored(values: Tensor) -> np.ndarray:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from clt import __version__
 from clt.config import CLTConfig
+from clt.config.base import readable_as_usual
 from clt.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -31,9 +32,9 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {k: v.detach().contiguous().cpu() for k, v in tensors.items()}, temporary, {"crosslayer": __version__}
-        )
+        whole = {k: v.detach().contiguous().cpu() for k, v in tensors.items()}
+        with readable_as_usual(temporary):
+            save_file(whole, temporary, {"crosslayer": __version__})
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
