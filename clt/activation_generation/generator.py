@@ -306,8 +306,12 @@ class ActivationGenerator:
     def _require_tokens(self, writers: dict[Split, ActivationWriter]) -> None:
         for split, writer in writers.items():
             if self._share.count(writer.total_tokens) == 0:
+                left_out = ""
+                if self._skipped:
+                    left_out = f"{len(self._skipped)} samples were left out, the first because: "
+                    left_out += f"{self._skipped[0]['reason']}\n"
                 raise DatasetError(
-                    f"The corpus {self.config.dataset_path} gave no tokens for {split}: it is too small for "
+                    f"The corpus {self.config.dataset_path} gave no tokens for {split}.\n{left_out}It is too small for "
                     f"held_out_fraction = {self.config.held_out_fraction}.\n"
                     "Give more samples, another --held-out-fraction, or --held-out-fraction 0 for none."
                 )

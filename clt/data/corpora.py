@@ -109,7 +109,8 @@ def _read_folder(folder: Path, text_column: str) -> Iterator[tuple[str, Mapping[
         yield from _read_file(path, text_column)
     if not texts:
         for path in images:
-            yield str(path.relative_to(folder)), {"image": str(path)}, folder
+            name = str(path.relative_to(folder))
+            yield name, {"image": name}, folder
 
 
 def _read_file(path: Path, text_column: str) -> Iterator[tuple[str, Mapping[str, Any], Path]]:

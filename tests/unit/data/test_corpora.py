@@ -49,7 +49,7 @@ def test_jsonl_json_parquet_and_folders_of_them(tmp_path):
     assert len(set(ids)) == 6
 
 
-def test_images_with_prompts_and_folders_of_images(tmp_path):
+def test_images_with_prompts_and_folders_of_images(tmp_path, monkeypatch):
     (tmp_path / "pictures").mkdir()
     for i in range(2):
         tiny_image(i).save(tmp_path / "pictures" / f"{i}.png")
@@ -61,6 +61,8 @@ def test_images_with_prompts_and_folders_of_images(tmp_path):
     assert (first.prompt, first.answer, second.prompt, second.meta["id"]) == ("What?", "Noise.", "Where?", 7)
     assert first.images[0].size == (40, 30)
     assert prompts(tmp_path / "pictures", image_prompt="Say.") == ["Say.", "Say."]
+    monkeypatch.chdir(tmp_path)
+    assert prompts("pictures", image_prompt="Say.") == ["Say.", "Say."]
 
 
 def test_a_missing_text_column_names_the_columns_there_are(tmp_path):
