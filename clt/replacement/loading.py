@@ -85,7 +85,8 @@ def _read_after_scale(transcoder: BaseTranscoder, adapter: ModelAdapter) -> Base
     scaled = replace(config, mlp_input_template=_SCALED)
     check_fit(adapter, scaled)
     scales = [norm_scale(adapter.model, layer) for layer in range(config.num_layers)]
-    scale, bias = (torch.stack(each).to(transcoder.input_scale) for each in zip(*scales, strict=True))
+    like = transcoder.input_scale  # a host's layers may lie on several devices
+    scale, bias = (torch.stack([one.to(like) for one in each]) for each in zip(*scales, strict=True))
     folded = copy.copy(transcoder)
     folded._buffers = dict(transcoder._buffers)
     folded.input_shift = bias + scale * transcoder.input_shift
