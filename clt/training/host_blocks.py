@@ -84,9 +84,10 @@ class HostBlocks:
         if self._outward is not None:
             torch.cuda.current_stream(self._device).wait_event(place.arrived)
         yield item, views
+        if self._outward is not None:
+            # Before its stream becomes the current one, which would then wait for itself.
+            self._outward.wait_stream(torch.cuda.current_stream(self._device))
         with self._on(self._outward):
-            if self._outward is not None:
-                self._outward.wait_stream(torch.cuda.current_stream(self._device))
             for view, block in zip(views, blocks, strict=True):
                 block.copy_(view, non_blocking=True)
             place.left = self._event(self._outward)

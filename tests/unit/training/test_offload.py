@@ -1,5 +1,7 @@
 """An optimiser in the host's memory takes the steps of one on the device, whatever is saved and gone on with."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 from clt.config import CLTConfig, TrainingConfig
 from clt.errors import CheckpointError, ConfigError
-from clt.training import block_adam
+from clt.training import block_adam, host_blocks
 from clt.training.host_blocks import HostBlocks
 from clt.training.memory import host_memory, n_parameters, step_memory
 from clt.training.optim import build_optimizer, optimizer_tensors, restore_optimizer
@@ -45,6 +47,49 @@ def test_every_block_is_there_once_and_comes_back_changed(sizes, kinds):
     for index, blocks in enumerate(host):
         for kind, block in enumerate(blocks):
             assert torch.equal(block, torch.full((sizes[index],), 10 * index + kind + 0.5))
+
+
+class _Stream:
+    """Stands in for a CUDA stream: notes what each waits for and does. `current` is the one work goes to."""
+
+    current = None
+
+    def __init__(self, device=None):
+        self.waits_for = set()
+
+    def wait_stream(self, other):
+        self.waits_for.add(other)
+
+    def wait_event(self, event):
+        self.waits_for.add(event)
+
+    def record_event(self):
+        return ("event", self)
+
+    def synchronize(self):
+        pass
+
+    def __enter__(self):
+        self._before, _Stream.current = _Stream.current, self
+
+    def __exit__(self, *_):
+        _Stream.current = self._before
+
+
+def test_on_a_gpu_copies_wait_for_the_work_and_the_work_for_copies(monkeypatch):
+    """What runs where, without a GPU: the copy back must wait for the stream that worked, not for itself."""
+    main = _Stream.current = _Stream()
+    cuda = SimpleNamespace(Stream=_Stream, stream=lambda s: s, current_stream=lambda device=None: _Stream.current)
+    monkeypatch.setattr(host_blocks.torch, "cuda", cuda)
+    blocks = HostBlocks(torch.device("cpu"))
+    blocks._inward, blocks._outward = _Stream(), _Stream()
+    for _, (block,) in blocks.through((index, [torch.zeros(3)]) for index in range(5)):
+        assert _Stream.current is main
+        block += 1
+    assert main in blocks._inward.waits_for
+    assert ("event", blocks._inward) in main.waits_for
+    assert blocks._outward.waits_for == {main}
+    assert ("event", blocks._outward) in blocks._inward.waits_for, "a place is free when its block is back"
 
 
 def optimizer_of(parameters, kind, **options):
