@@ -6,13 +6,13 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from clt.activation_generation.batches import SPLITS, BatchPlanner, RowBatch, Split
 from clt.activation_generation.corpus import dataset_folder, is_world, model_folder, open_model, samples_of
-from clt.activation_generation.packing import TextPacker, Tokenizer
+from clt.activation_generation.packing import TextPacker
 from clt.activation_generation.publish import Publisher
 from clt.activation_generation.share import Share
 from clt.config import ActivationConfig
@@ -253,7 +253,7 @@ class ActivationGenerator:
         config = self.config
         packers: dict[Split, TextPacker] | None = None
         if not is_world(config.dataset_path):
-            tokenizer = cast(Tokenizer, adapter.tokenizer)
+            tokenizer = adapter.tokenizer
             packers = {split: TextPacker(tokenizer, config.context_size, config.prepend_bos) for split in SPLITS}
         planner = BatchPlanner(packers, config.inference_batch_size, config.pack)
         on_bad_sample = self._skip if config.on_bad_sample == "skip" else None

@@ -1,22 +1,10 @@
 """Rows of token ids for the host: texts joined end to end, never decoded and tokenised again."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol, cast, runtime_checkable
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import numpy as np
-
-
-@runtime_checkable
-class Tokenizer(Protocol):
-    """The part of a Hugging Face tokenizer that packing needs."""
-
-    bos_token_id: int | None
-    eos_token_id: int | None
-
-    def __call__(self, text: list[str], *, add_special_tokens: bool, verbose: bool) -> Mapping[str, list[list[int]]]:
-        """Token ids of some texts."""
-        ...
 
 
 class TextPacker:
@@ -26,12 +14,12 @@ class TextPacker:
     by EOS, or by BOS if there is no EOS. The last row of a corpus may be shorter: no token is lost.
 
     Args:
-        tokenizer: of the host.
+        tokenizer: the host's, as Hugging Face's are: called with texts, and with `bos_token_id` and `eos_token_id`.
         context_size: tokens per row, BOS included.
         prepend_bos: begin every row with BOS (if the tokenizer has one), as hosts expect at position 0.
     """
 
-    def __init__(self, tokenizer: Tokenizer, context_size: int, prepend_bos: bool) -> None:
+    def __init__(self, tokenizer: Any, context_size: int, prepend_bos: bool) -> None:
         self._tokenizer = tokenizer
         self._before, self._after = _frame(tokenizer)
         self._bos = [tokenizer.bos_token_id] if prepend_bos and tokenizer.bos_token_id is not None else []
@@ -92,7 +80,7 @@ class HeldOutChoice:
         return int(np.random.default_rng([self._seed, stratum]).integers(first, end))
 
 
-def _frame(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
     plain = tokenizer(["a"], add_special_tokens=False, verbose=False)["input_ids"][0]
     framed = tokenizer(["a"], add_special_tokens=True, verbose=False)["input_ids"][0]
     start = next((i for i in range(len(framed)) if framed[i : i + len(plain)] == plain), 0)
