@@ -45,6 +45,7 @@ from clt.parallel.collectives import Group, first_difference
 from clt.parallel.mesh import Mesh, mesh_of_one
 from clt.progress import progress_bar
 from clt.replacement import ReplacementModel
+from clt.replacement.loading import check_same_device
 from clt.types import Sample
 
 # Rows of a host that is linear add up to rounding; others do not, by far.
@@ -311,6 +312,7 @@ def _setting(
     adapter, transcoder = model.adapter, model.transcoder
     if not isinstance(transcoder, CrossLayerTranscoder):
         raise ConfigError(f"{type(transcoder).__name__} has no decoders to attribute to; use a CrossLayerTranscoder.")
+    check_same_device(adapter, transcoder)
     if transcoder.config.input_norm != "none" and transcoder.config.skip_connection != "none":
         raise ConfigError("A skip connection behind a norm (input_norm = 'layer') is not linear. Train without one.")
     position = _position(options.position, inputs.input_ids.shape[1])

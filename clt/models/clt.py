@@ -31,6 +31,7 @@ from clt.models.decoders import build_decoders, decoder_parameters
 from clt.models.initialise import initialise
 from clt.models.peers import Peers
 from clt.models.standardise import ActivationStatistics, fit_scaling
+from clt.types import choose_device
 
 # Share of the old value in the running mean of batchtopk's threshold.
 _THRESHOLD_MEMORY = 0.99
@@ -355,6 +356,7 @@ class CrossLayerTranscoder(BaseTranscoder):
 
         Args:
             path_or_repo: a folder, or OWNER/NAME on the Hub.
+            device: torch device; None: a GPU if there is one, as for hosts.
             revision: commit, branch or tag on the Hub; None: main.
 
         Raises:
@@ -364,7 +366,7 @@ class CrossLayerTranscoder(BaseTranscoder):
         from clt.models.checkpoint import load_transcoder
         from clt.models.hub import local_folder
 
-        return load_transcoder(cls, local_folder(path_or_repo, revision), device)
+        return load_transcoder(cls, local_folder(path_or_repo, revision), choose_device(device))
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
         """Upload with a generated card; returns the address. To keep figures beside it, use `clt push` on a run folder.

@@ -73,7 +73,7 @@ def _open(
         adapter = open_host(model, None, options)
         return adapter, build(kokosdev.read(folder, host_layers=adapter.n_layers))
     ours_or_theirs = folder.is_file() or (folder.is_dir() and detect(folder) is None)
-    loaded = load_model(folder) if ours_or_theirs else CrossLayerTranscoder.from_pretrained(transcoder)
+    loaded = load_model(folder) if ours_or_theirs else CrossLayerTranscoder.from_pretrained(transcoder, "cpu")
     return open_host(model, loaded.config, options), loaded
 
 
@@ -93,6 +93,16 @@ def _read_after_scale(transcoder: BaseTranscoder, adapter: ModelAdapter) -> Base
     folded.input_scale = transcoder.input_scale / scale
     folded.config = scaled
     return folded
+
+
+def check_same_device(adapter: ModelAdapter, transcoder: CrossLayerTranscoder) -> None:
+    """Refuse a pair on different devices, for work that puts products of both together."""
+    where = transcoder.input_scale.device
+    if where.type != adapter.device.type:
+        raise ConfigError(
+            f"The host {adapter.name} is on {adapter.device}, the transcoder on {where}. Move it there before: "
+            f"transcoder.to({str(adapter.device)!r})."
+        )
 
 
 def templates_of(config: CLTConfig) -> dict[str, str]:

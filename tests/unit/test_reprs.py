@@ -20,7 +20,7 @@ def adapter():
 @pytest.fixture(scope="module")
 def transcoder(adapter):
     config = CLTConfig(num_layers=adapter.n_layers, num_features=96, d_model=adapter.d_model, activation_fn="relu")
-    return CrossLayerTranscoder(config)
+    return CrossLayerTranscoder(config, device=adapter.device)
 
 
 def test_a_batch_says_its_sizes_and_kinds():
