@@ -3,11 +3,12 @@
 python benchmarks/attribution.py                 # 9 tokens, 4,449 active features
 python benchmarks/attribution.py --tokens 2500   # a whole graph of a long prompt: seconds and peak memory
 python benchmarks/attribution.py --llava --nodes 7500   # positions, layers and features of LLaVA-1.5's graph, 64 wide
+python benchmarks/attribution.py --device cuda [--tokens 2500]
 
 The reference gathers the gradient once per (feature, written layer) pair and contracts each with its vector, as
 circuit-tracer 0.4.1 does; ours makes one product per (layer, position). Both walk back the same linearised host, with
 the same targets: 64 features of the top layer. Seconds are of processor time over all threads, so that other work on
-the machine does not count. Prints one JSON line; what counts is the ratio within the run.
+the machine does not count; on a GPU they are of a clock. Prints one JSON line; what counts is the ratio within the run.
 """
 
 from __future__ import annotations
@@ -65,11 +66,20 @@ class GatheringSources(Sources):
         return self._kept[target] * self.pairs[target].amounts[:, None]
 
 
-def build(n_tokens: int) -> tuple[ReplacementModel, HostInputs]:
+def now() -> float:
+    """Processor time; on a GPU a clock's, when it is done."""
+    if not torch.cuda.is_initialized():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def build(n_tokens: int, device: str) -> tuple[ReplacementModel, HostInputs]:
     """Host and transcoder with random weights; thresholds such that 4,449 features fire on nine tokens."""
     torch.manual_seed(0)
     config = GPT2Config(n_layer=LAYERS, n_embd=WIDTH, n_head=12, n_positions=max(1024, n_tokens))
-    adapter = ModelAdapter(GPT2LMHeadModel(config).eval().requires_grad_(False), name="random-gpt2-small")
+    host: Any = GPT2LMHeadModel(config).eval().requires_grad_(False)
+    adapter = ModelAdapter(host.to(device), name="random-gpt2-small")
     inputs = adapter.prepare_tokens(torch.randint(0, config.vocab_size, (1, n_tokens)))
     transcoder = CrossLayerTranscoder(
         CLTConfig(
@@ -78,7 +88,8 @@ def build(n_tokens: int) -> tuple[ReplacementModel, HostInputs]:
             d_model=WIDTH,
             activation_fn="jumprelu",
             normalization_method="none",
-        )
+        ),
+        device=device,
     )
     reads = adapter.capture(inputs).inputs[:, 1:]
     with torch.no_grad():
@@ -107,9 +118,9 @@ def seconds(work: Callable[[], object], repeats: int) -> float:
     """Median of several runs."""
     times = []
     for _ in range(repeats):
-        start = time.process_time()
+        start = now()
         work()
-        times.append(time.process_time() - start)
+        times.append(now() - start)
     return statistics.median(times)
 
 
@@ -136,11 +147,11 @@ def long(model: ReplacementModel, setting: Setting, inputs: HostInputs, nodes: i
     """A whole graph of a long prompt, rows on disk, pruned and saved: seconds of each part, and what was planned."""
     options = AttributionOptions(max_feature_nodes=nodes)
     plan = plan_of(model, setting, options)
-    start = time.process_time()
+    start = now()
     store = RowStore(folder / "rows", {}, setting.sources.n_columns)
     compute_rows(store, setting, options, plan.batch_size, progress=True)
-    rows = time.process_time() - start
-    start = time.process_time()
+    rows = now() - start
+    start = now()
     positions = describe_positions(model.adapter, inputs, inputs)
     graph = assemble(store, setting.sources, setting.targets.nodes, positions, "random tokens", options, {}, [])
     pruned = graph.prune()
@@ -151,7 +162,7 @@ def long(model: ReplacementModel, setting: Setting, inputs: HostInputs, nodes: i
         "features_by_layer": layers,
         "rows_seconds": rows,
         "seconds_per_row": rows / graph.edges.n_rows,
-        "finish_seconds": time.process_time() - start,
+        "finish_seconds": now() - start,
         "row_sum_error": graph.info["checks"]["row_sum_error"],
         "kept_nodes": int(pruned.node_mask.sum()),
         "disk_gb": sum(file.stat().st_size for file in (folder / "rows").iterdir()) / 1e9,
@@ -171,13 +182,14 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=128, help="features with a row of their own, of a long prompt")
     parser.add_argument("--llava", action="store_true", help="a graph of LLaVA-1.5's positions and layers")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="of GPT-2's host and transcoder")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model, inputs = build_llava() if options.llava else build(options.tokens)
-    begun, start = time.perf_counter(), time.process_time()
+    model, inputs = build_llava() if options.llava else build(options.tokens, options.device)
+    begun, start = time.perf_counter(), now()
     with torch.no_grad():
         setting = _setting(model, inputs, None, AttributionOptions())
-    prepared = time.process_time() - start
+    prepared = now() - start
     if options.tokens <= 100 and not options.llava:
         result = short(setting)
     else:
@@ -193,8 +205,10 @@ def main() -> None:
                 "prepare_seconds": prepared,
                 **result,
                 "wall_seconds": time.perf_counter() - begun,
+                "gpu_memory_gb": torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_initialized() else 0.0,
                 "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
                 "threads": options.threads,
+                "device": options.device,
                 "torch": torch.__version__,
             }
         )

@@ -89,7 +89,7 @@ class PlainTrainer:
     def step(self, batch: ActivationBatch, step: int) -> float:
         """One step; its loss."""
         self.optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision == "bf16"):
+        with torch.autocast(batch.inputs.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             loss = self.model.loss(batch, self.config, step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip_val or float("inf"))

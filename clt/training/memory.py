@@ -162,11 +162,6 @@ def step_memory(
     )
 
 
-def predicted_bytes(config: CLTConfig, training: TrainingConfig, tokens: int, route: str) -> int:
-    """`step_memory` in one number."""
-    return step_memory(config, training, tokens, route).total
-
-
 def kept_here(config: CLTConfig) -> float:
     """Features that are on, per token and layer."""
     return kept_per_token(config) if chooses_k(config) else config.num_features * _KEPT_SHARE

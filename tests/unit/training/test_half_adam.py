@@ -9,7 +9,7 @@ from clt.config import CLTConfig, TrainingConfig
 from clt.errors import ConfigError
 from clt.models import CrossLayerTranscoder
 from clt.training.half_adam import HalfAdam, round_at_random
-from clt.training.memory import predicted_bytes
+from clt.training.memory import step_memory
 from clt.training.optim import build_optimizer, optimizer_tensors, restore_optimizer
 from clt.training.step import Engine
 from clt.types import ActivationBatch
@@ -110,7 +110,7 @@ def test_the_seed_decides_the_rounding():
 def test_it_saves_four_bytes_per_weight_and_is_no_8_bit_optimiser():
     config, half = CLTConfig(num_features=1000, num_layers=2, d_model=64), TrainingConfig(optimizer_state="bf16")
     assert isinstance(build_optimizer(dict(model().named_parameters()), half, 24), HalfAdam)
-    saved = predicted_bytes(config, TrainingConfig(), 512, "dense") - predicted_bytes(config, half, 512, "dense")
+    saved = step_memory(config, TrainingConfig(), 512, "dense").total - step_memory(config, half, 512, "dense").total
     assert saved == 4 * sum(p.numel() for p in CrossLayerTranscoder(config).parameters())
     with pytest.raises(ConfigError, match="optimizer_state = 'bf16' does not go with optimizer = 'adamw8bit'"):
         TrainingConfig(optimizer="adamw8bit", optimizer_state="bf16")

@@ -10,7 +10,7 @@ import pytest
 
 from clt.config import CLTConfig, TrainingConfig
 from clt.models import CrossLayerTranscoder
-from clt.training.memory import n_parameters, predicted_bytes
+from clt.training.memory import n_parameters, step_memory
 
 ROOT = Path(__file__).parents[3]
 
@@ -52,7 +52,7 @@ def environment():
 
 def test_what_saves_memory_is_predicted_to():
     config = CLTConfig(num_features=1000, num_layers=6, d_model=64)
-    whole = predicted_bytes(config, TrainingConfig(), 512, "dense")
-    assert predicted_bytes(config, TrainingConfig(recompute_encoder=True), 512, "dense") < whole
+    whole = step_memory(config, TrainingConfig(), 512, "dense").total
+    assert step_memory(config, TrainingConfig(recompute_encoder=True), 512, "dense").total < whole
     streamed = TrainingConfig(optimizer_in_backward=True, gradient_clip_val=None)
-    assert predicted_bytes(config, streamed, 512, "dense") < whole
+    assert step_memory(config, streamed, 512, "dense").total < whole
