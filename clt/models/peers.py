@@ -79,7 +79,10 @@ class Peers:
             return scores.new_full((), torch.inf)
         if wanted > len(scores):
             return scores.new_full((), tiny)
-        return scores.kthvalue(len(scores) - wanted + 1).values.clamp_min(tiny)
+        place = len(scores) - wanted
+        # On a GPU kthvalue works with a single block of threads.
+        cut = scores.sort().values[place] if scores.is_cuda else scores.kthvalue(place + 1).values
+        return cut.clamp_min(tiny)
 
     def cut_per_token(self, scores: Float[Tensor, "token candidate"], k: int) -> Float[Tensor, "token 1"]:
         """Each token's kth highest score."""

@@ -72,12 +72,12 @@ def _eight_bit() -> Any:
 def clip_gradients(model: nn.Module, limit: float | None, mesh: Mesh) -> Tensor:
     """Scale all gradients together so that their norm is at most `limit`; returns the norm before.
 
-    On a CPU the gradients are not touched where nothing is to be done: that pass over them would cost as much as the
-    norm itself.
+    The gradients are not touched where nothing is to be done: that pass over them costs as much as the norm itself,
+    more than the wait for it.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     norm = gradient_norm(model, mesh)
-    if limit is not None and (norm.device.type != "cpu" or norm > limit):
+    if limit is not None and norm > limit:
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm, foreach=True)
     return norm.detach()
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from clt.models import CrossLayerTranscoder
 from clt.models.kernels import matmul
 from clt.models.kernels.gate import GateGradients, GateTerms, gate, gate_backward, gate_transposed
-from clt.models.kernels.sparse import ByFeature, Kept, add_decoded, encode_above, encode_topk, keep_above
+from clt.models.kernels.sparse import ByFeature, Kept, add_decoded, encode_topk, keep_above
 from clt.training import gradients
 
 
@@ -54,8 +54,7 @@ class Work:
         self, source: int, scale: Float[Tensor, " feature"] | None, bound: Float[Tensor, " feature"]
     ) -> tuple[Kept, Float[Tensor, " entry"]]:
         """The entries with h * scale above a bound, and their scores."""
-        weight, bias = self.model.W_enc[source].detach(), self.model.b_enc[source].detach()
-        return encode_above(self.x(source), weight.to(self.dtype), bias.to(self.dtype), scale, bound)
+        return keep_above(self.preactivation(source), scale, bound)
 
     def decoder(self, source: int) -> Float[Tensor, "feature _"]:
         """All decoders of a source side by side, `[feature, target * d_model]`."""

@@ -33,6 +33,7 @@ def test_every_gradient_is_autograds(kind, options, window, seed, shape):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the triton extra")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are for the GPU then: tests/gpu")
 @pytest.mark.parametrize("kind", KINDS)
 def test_triton_kernels_give_autograds_gradients(monkeypatch, kind):
     """On a CPU, by Triton's interpreter."""

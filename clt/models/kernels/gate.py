@@ -10,12 +10,13 @@ The straight-through gradients are those of clt/models/activations.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from clt.models.kernels.pointers import call, compiled, is_half
+from clt.models.kernels.pointers import call, compiled, is_half, on_gpu
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ class GateGradients:
     theta: Float[Tensor, " feature"]
     norm: Float[Tensor, " feature"]
     price: Float[Tensor, " feature"]
-    """Sum of tanh(...), without its weight."""
+    """Sum of tanh(...), without its weight; on a GPU left out where that is 0."""
     pull: Float[Tensor, " feature"]
     """Sum of relu(...), without its weight and the norm."""
 
@@ -57,6 +58,9 @@ def gate(
     h: Float[Tensor, "token feature"], theta: Float[Tensor, " feature"], fired: Integer[Tensor, " feature"]
 ) -> Float[Tensor, "token feature"]:
     """The activation; adds to `fired` on how many tokens each feature is on. A NaN stays one."""
+    gpu = _on_gpu(h, theta)
+    if gpu is not None:
+        return gpu.gate(h, theta, fired)
     half, library = is_half(h), compiled(theta, fired)
     if half is None or library is None:
         on = ~(h <= theta)
@@ -87,6 +91,10 @@ def gate_backward(
     terms: GateTerms,
 ) -> tuple[Float[Tensor, "feature token"], GateGradients]:
     """From the gradient of the activations to that of h, `[feature, token]`, and the sums; `grad` may be used up."""
+    gpu = _on_gpu(h, theta, norm) if grad.is_contiguous() and grad.dtype == h.dtype else None
+    if gpu is not None:
+        out, sums = gpu.gate_backward(h, grad, theta, norm, terms)
+        return out.T, GateGradients(*sums)
     half, library = is_half(h), compiled(theta, norm)
     if half is None or library is None or not grad.is_contiguous():
         return _in_torch(h, grad, theta, norm, terms)
@@ -98,6 +106,12 @@ def gate_backward(
         *(out, sums),
     )
     return out, GateGradients(*sums)
+
+
+def _on_gpu(h: Tensor, *by_feature: Tensor) -> Any:
+    """The Triton kernels, which compute in fp32."""
+    fits = h.itemsize <= 4 and h.is_contiguous() and all(each.dtype == torch.float32 for each in by_feature)
+    return on_gpu(h, module="triton_gate") if fits else None
 
 
 def _in_torch(h: Tensor, grad: Tensor, theta: Tensor, norm: Tensor, terms: GateTerms) -> tuple[Tensor, GateGradients]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import importlib.util
 import os
 from typing import Any
@@ -25,8 +26,8 @@ def compiled(*tensors: Tensor | None) -> ctypes.CDLL | None:
     return library()
 
 
-def on_gpu(*tensors: Tensor | None) -> Any:
-    """The Triton kernels, if these tensors are on a GPU and triton is installed, or `CLT_KERNELS=triton` asks for them.
+def on_gpu(*tensors: Tensor | None, module: str = "triton_sparse") -> Any:
+    """A module of Triton kernels, if triton is there and the tensors are on a GPU, or `CLT_KERNELS=triton` asks for it.
 
     On a CPU they need Triton's interpreter (`TRITON_INTERPRET=1`), which is for tests.
     """
@@ -35,9 +36,7 @@ def on_gpu(*tensors: Tensor | None) -> Any:
         return None
     if importlib.util.find_spec("triton") is None:
         return None
-    from clt.models.kernels import triton_sparse
-
-    return triton_sparse
+    return importlib.import_module(f"clt.models.kernels.{module}")
 
 
 def is_half(h: Tensor) -> bool | None:

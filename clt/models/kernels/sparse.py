@@ -46,7 +46,10 @@ def keep_topk(h: Float[Tensor, "token feature"], scale: Float[Tensor, " feature"
     n_tokens, n_features = h.shape
     k = min(k, n_features)
     half, library = is_half(h), compiled(scale)
-    if half is None or library is None or k == 0 or n_tokens == 0:
+    gpu = on_gpu(h) if h.itemsize <= 4 and h.is_contiguous() else None
+    if gpu is not None and n_features <= gpu.MOST_RANKED:
+        values, features = gpu.topk(h, scale, k)
+    elif half is None or library is None or k == 0 or n_tokens == 0:
         values, features = torch_sparse.topk(h, scale, k)
     else:
         values, features = h.new_empty(n_tokens, k, dtype=torch.float32), h.new_empty(n_tokens, k, dtype=torch.int64)
@@ -98,8 +101,9 @@ def keep_above(
     """Every entry with h * scale > bound, and their scores."""
     n_tokens, n_features = h.shape
     half, library = is_half(h), compiled(scale, bound)
-    if half is None or library is None:
-        values, features, scores, offsets = torch_sparse.take_above(h, scale, bound)
+    gpu = on_gpu(h) if h.is_contiguous() else None
+    if gpu is not None or half is None or library is None:
+        values, features, scores, offsets = (gpu or torch_sparse).take_above(h, scale, bound)
         return Kept(_wide(values), features, offsets, n_features), _wide(scores)
     offsets = torch.zeros(n_tokens + 1, dtype=torch.int64)
     call(library.clt_count_above, h, half, scale, bound, n_tokens, n_features, offsets[1:])
@@ -108,21 +112,6 @@ def keep_above(
     features, values, scores = torch.empty(total, dtype=torch.int64), torch.empty(total), torch.empty(total)
     call(library.clt_take_above, h, half, scale, bound, n_tokens, n_features, offsets, features, values, scores)
     return Kept(values, features, offsets, n_features), scores
-
-
-def encode_above(
-    x: Float[Tensor, "token d_model"],
-    weight: Float[Tensor, "feature d_model"],
-    bias: Float[Tensor, " feature"],
-    scale: Float[Tensor, " feature"] | None,
-    bound: Float[Tensor, " feature"],
-) -> tuple[Kept, Float[Tensor, " entry"]]:
-    """`keep_above` of h = x W^T + b; on a GPU h is never written."""
-    gpu = on_gpu(x, weight)
-    if gpu is None:
-        return keep_above(matmul.affine(x, weight, bias), scale, bound)
-    values, features, scores, offsets = gpu.encode_above(x, weight, bias, scale, bound)
-    return Kept(values, features, offsets, len(weight)), scores
 
 
 def add_decoded(out: Float[Tensor, "token width"], kept: Kept, weight: Float[Tensor, "feature width"]) -> None:
@@ -205,9 +194,7 @@ class ByFeature:
         fits = grad.stride(1) == 1 and out.is_contiguous()
         gpu = on_gpu(values, grad, out) if fits else None
         if gpu is not None:
-            gpu.rows_by_feature(values, self, grad, weight, scale, out, accumulates)
-            wanted = weight is not None and dots is not None
-            return gpu.entry_dots(grad, weight, self.tokens, self.kept.features) if wanted else None
+            return gpu.backward(values, self, grad, weight, scale, out, accumulates, dots is not None)
         library = compiled(values, grad, out, weight, scale) if fits else None
         if library is None:
             return self._backward_in_torch(values, grad, out, accumulates, weight, scale, dots)
