@@ -9,12 +9,12 @@ and changed. Values may be negative, and may leave the range the feature has by 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from clt.errors import ConfigError
@@ -70,6 +70,11 @@ class Intervention:
         """For messages."""
         return f"Intervention at feature {self.layer}:{self.feature}"
 
+    @property
+    def layers(self) -> Collection[int]:
+        """Which layers are touched."""
+        return (self.layer,)
+
     def change(
         self, activation: Float[Tensor, " token"], std: Float[Tensor, "layer feature"] | None
     ) -> Float[Tensor, " token"]:
@@ -87,7 +92,37 @@ class Intervention:
                 return torch.full_like(activation, value)
 
 
-Interventions = Intervention | Intervene | Sequence[Intervention | Intervene]
+class Gains:
+    """Factors on many features at once; a feature's may differ between image, rest of the prompt, and answer."""
+
+    def __init__(self, by_layer: Mapping[int, Float[Tensor, "part feature"]]) -> None:
+        """Layers without any are left alone.
+
+        Args:
+            by_layer: one row for all positions, or one for each of `passes.PARTS`.
+        """
+        self._by_layer = by_layer
+
+    @property
+    def layers(self) -> Collection[int]:
+        """Which layers are touched."""
+        return self._by_layer.keys()
+
+    def scale(
+        self, layer: int, features: Float[Tensor, "token feature"], parts: Callable[[], Integer[Tensor, " token"]]
+    ) -> Float[Tensor, "token feature"]:
+        """The features of one layer, times their factors.
+
+        Args:
+            parts: gives the part that each token is in; asked where it matters.
+        """
+        if layer not in self._by_layer:
+            return features
+        rows = self._by_layer[layer].to(features)
+        return features * (rows[0] if len(rows) == 1 else rows[parts().to(rows.device)])
+
+
+Interventions = Intervention | Gains | Intervene | Sequence[Intervention | Gains | Intervene]
 """One or several, applied in the order given; a plain callable sees (and may change in place) a whole layer."""
 
 
@@ -122,9 +157,9 @@ class Edit:
         self._each = each
         self._passes = passes
         self._std = std
-        self.needs_whole_layers = any(not isinstance(one, Intervention) for one in each)
+        self.needs_whole_layers = any(not isinstance(one, Intervention | Gains) for one in each)
         """Whether a plain callable must see all tokens of a pass at once."""
-        named = sorted({one.layer for one in each if isinstance(one, Intervention)})
+        named = sorted(set().union(*(one.layers for one in each if isinstance(one, Intervention | Gains))))
         self.layers: Sequence[int] | None = None if self.needs_whole_layers else named
         """Which layers are touched; None: a plain callable may touch any."""
 
@@ -143,7 +178,9 @@ class Edit:
         """
         features = features.clone()
         for one in self._each:
-            if not isinstance(one, Intervention):
+            if isinstance(one, Gains):
+                features = one.scale(layer, features, lambda: self._passes.parts().reshape(-1)[tokens or slice(None)])
+            elif not isinstance(one, Intervention):
                 features = self._call(one, layer, features)
             elif one.layer == layer:
                 where = self._passes.where(one.positions).reshape(-1)[tokens or slice(None)]

@@ -16,6 +16,9 @@ from clt.types import TokenKind
 
 Place = Literal["all", "prompt", "generated", "text", "image", "special", "last"]
 Positions = Place | tuple[int, ...]
+Part = Literal["image", "prompt", "answer"]
+PARTS: tuple[Part, ...] = get_args(Part)
+"""A row falls into image positions, the rest of its prompt (padding counts there), and the answer."""
 
 _KINDS = {"text": TokenKind.TEXT, "image": TokenKind.IMAGE, "special": TokenKind.SPECIAL}
 
@@ -86,6 +89,11 @@ class Passes:
                 return is_token & (position == prompt_lengths(self._inputs)[:, None] - 1)
             case _:
                 return is_token & _listed(positions, position, prompt_lengths(self._inputs))
+
+    def parts(self) -> Integer[Tensor, "row column"]:
+        """Number of the part, in the order of `PARTS`, that each of the current pass's columns is in."""
+        answer, image = self.where("generated"), self.where("image")
+        return torch.where(answer, 2, torch.where(image, 0, 1))
 
     def described(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of the current columns: whether they are tokens, whether generated, and their place in the row."""
