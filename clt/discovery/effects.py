@@ -161,7 +161,7 @@ class Effects:
         return {**values, "direction": "harmful" if self.selective[place] > 0 else "helpful"}
 
 
-class Gains:
+class RowGains:
     """Multiplies every feature by its row's factor; as a plain callable it is an intervention."""
 
     def __init__(self, factors: Float[Tensor, "layer row feature"]) -> None:
@@ -177,7 +177,7 @@ def forward(
 ) -> Float[Tensor, "row position vocabulary"]:
     """Logits of prompts with their answers, differentiable by the gains."""
     errors = model.errors(inputs) if keep_errors else None
-    with model.active(inputs, interventions=Gains(gains), errors=errors):
+    with model.active(inputs, interventions=RowGains(gains), errors=errors):
         return model.adapter.model(**inputs.tensors, use_cache=False).logits
 
 

@@ -19,9 +19,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from clt.config.base import write_text_atomically
+from clt.discovery.steering import Factors, fixed_gains
 from clt.errors import DiscoveryError
 from clt.lm import HostInputs, ModelAdapter
 from clt.models import BaseTranscoder
+from clt.replacement.passes import Passes
 from clt.types import FeatureId
 
 FORMAT = "crosslayer-neuron-patch-1"
@@ -68,7 +70,7 @@ class NeuronPatch:
 def fit_patch(
     adapter: ModelAdapter,
     transcoder: BaseTranscoder,
-    factors: Mapping[FeatureId, float],
+    factors: Factors,
     batches: Sequence[HostInputs],
     *,
     candidates: Mapping[int, Sequence[int]] | None = None,
@@ -160,25 +162,25 @@ def _neurons(adapter: ModelAdapter, inputs: HostInputs) -> dict[int, Float[Tenso
 
 @torch.no_grad()
 def _read(
-    adapter: ModelAdapter, transcoder: BaseTranscoder, factors: Mapping[FeatureId, float], inputs: HostInputs
+    adapter: ModelAdapter, transcoder: BaseTranscoder, factors: Factors, inputs: HostInputs
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     """What the factors would change of each MLP output, and the neurons, both at the real tokens."""
     keep = inputs.is_token.reshape(-1)
     changes: dict[int, Tensor] = {}
     config = transcoder.config
-    gains: dict[int, Tensor] = {}
-    for (layer, feature), factor in factors.items():
-        gains.setdefault(layer, torch.zeros(config.num_features))[feature] = factor - 1
+    gains = fixed_gains(factors, [config.num_features] * config.num_layers)
+    passes = Passes(adapter, inputs)
 
     def spend(layer: int, x: Tensor) -> None:
-        if layer not in gains:
+        if layer not in gains.layers:
             return
         tokens = x.reshape(-1, x.shape[-1])[keep.to(x.device)]
-        change = transcoder.encode_layer(layer, tokens) * gains[layer].to(tokens)
-        for target, part in zip(config.targets_of(layer), transcoder.contributions(layer, change)):
+        before = transcoder.encode_layer(layer, tokens)
+        after = gains.scale(layer, before, lambda: passes.parts().reshape(-1)[keep])
+        for target, part in zip(config.targets_of(layer), transcoder.contributions(layer, after - before)):
             changes[target] = changes[target] + part if target in changes else part
 
-    with adapter.reading(spend):
+    with passes.watching(), adapter.reading(spend):
         hidden = _neurons(adapter, inputs)
     return changes, {layer: each[keep.to(each.device)] for layer, each in hidden.items()}
 

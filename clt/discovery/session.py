@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Integer
+from torch import Tensor
 
 from clt import benchmarks
 from clt.activation_generation.corpus import placed_image
@@ -24,7 +26,9 @@ from clt.errors import DiscoveryError
 from clt.lm import ModelAdapter
 from clt.models import BaseTranscoder
 from clt.replacement import ReplacementModel, SteeredHost, SteeredNeurons
+from clt.replacement.intervention import Interventions
 from clt.replacement.loading import open_pair
+from clt.replacement.steerable import Steerable
 from clt.types import Sample
 
 
@@ -172,25 +176,47 @@ class Session:
     # --- answers as examples ----------------------------------------------------------------------------------
 
     def examples(self, responses: Sequence[Response]) -> list[Example]:
-        """Answers cut into good and bad spans; answers that are no clear example of either are left out."""
-        scores = {score.id: score for score in self.report.scores}
+        """Captured answers cut into good and bad spans; those that are no clear example of either are left out."""
+        answers = {row.id: torch.tensor(row.answer_ids, dtype=torch.long) for row in responses}
+        return self._cut(answers, self.report)
+
+    def examples_under(
+        self, model: Steerable, interventions: Interventions, responses: Sequence[Response], batch_size: int
+    ) -> list[Example]:
+        """The same of other answers to the same questions, given now, under interventions.
+
+        Args:
+            responses: the captured answers; questions with answers of about the same length run together.
+        """
+        samples = {sample.id: sample for sample in self.samples}
+        asked = [samples[row.id] for row in sorted(responses, key=lambda row: len(row.answer_ids))]
+        answers = model.generate_ids(
+            asked, interventions=interventions, max_new_tokens=self.max_new_tokens, batch_size=batch_size
+        )
+        texts = self.adapter.decode(answers)
+        report = self.benchmark.score({sample.id: text.strip() for sample, text in zip(asked, texts)})
+        return self._cut({sample.id: answer for sample, answer in zip(asked, answers)}, report)
+
+    def _cut(self, answers: Mapping[str, Integer[Tensor, " _position"]], report: Report) -> list[Example]:
+        scores = {score.id: score for score in report.scores}
         samples = {sample.id: sample for sample in self.samples}
         found = []
-        for response in responses:
-            score = scores[response.id]
+        for id, answer in answers.items():
+            score = scores[id]
             verdict = self.benchmark.verdict(score)
             by_mention = "mentioned" in score.details
             if verdict == "neither" and not by_mention:
                 continue
-            spans = spans_of(score.details, verdict == "bad", self.pieces(response))
-            answer = torch.tensor(response.answer_ids, dtype=torch.long)
+            spans = spans_of(score.details, verdict == "bad", self._pieces(answer))
             task = "mentions" if by_mention else "whole answer"
-            found.append(Example(samples[response.id], answer, spans, task))
+            found.append(Example(samples[id], answer, spans, task))
         return found
 
     def pieces(self, response: Response) -> list[str]:
         """The answer's tokens as text; together they are the decoded answer, special tokens left out."""
-        ids = torch.tensor(response.answer_ids, dtype=torch.long)
+        return self._pieces(torch.tensor(response.answer_ids, dtype=torch.long))
+
+    def _pieces(self, ids: Integer[Tensor, " _position"]) -> list[str]:
         texts = ["", *self.adapter.decode([ids[: end + 1] for end in range(len(ids))])]
         return [after[len(before) :] for before, after in pairwise(texts)]
 

@@ -18,14 +18,28 @@ from torch import Tensor
 
 from clt.benchmarks.base import Benchmark, Report
 from clt.discovery.bootstrap import PairedScores
-from clt.discovery.effects import Gains
-from clt.replacement.intervention import Interventions
+from clt.replacement.intervention import Gains, Interventions
 from clt.replacement.steerable import Steerable
 from clt.types import FeatureId, Sample
 
 Where = Literal["replacement", "host", "neurons"]
-Factors = Mapping[FeatureId, float]
-"""What to multiply each feature (or neuron) by; the others stay."""
+Factor = float | tuple[float, ...]
+"""What to multiply a feature (or neuron) by, at all positions or in each of `passes.PARTS`."""
+Factors = Mapping[FeatureId, Factor]
+"""What to multiply each by; the others stay."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Factors to try, and the same on controls."""
+
+    name: str
+    dose: float
+    factors: Factors
+    controls: tuple[Factors, ...]
+    """The same factors on matched random features."""
+    learned_controls: tuple[Factors, ...] = ()
+    """Of learned gains: those learned in the same way on matched random features."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +54,18 @@ class Steered:
     changes: Mapping[str, Mapping[str, Any]]
     """Metric -> change and its paired 95 % interval."""
     controls: Mapping[str, Sequence[float]]
-    """Metric -> change by each draw of matched random features."""
+    """Metric -> change by each draw of matched random features with the same factors."""
+    learned_controls: Mapping[str, Sequence[float]]
+    """Metric -> change by each draw of matched random features with gains learned for them."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, with mean and standard deviation of the controls."""
-        summary = {name: summarised(values) for name, values in self.controls.items()}
         own = {"name": self.name, "where": self.where, "dose": self.dose, "metrics": dict(self.metrics)}
-        return {**own, "changes": {name: dict(each) for name, each in self.changes.items()}, "controls": summary}
+        drawn = {
+            name: {metric: summarised(values) for metric, values in each.items()}
+            for name, each in (("controls", self.controls), ("learned_controls", self.learned_controls))
+        }
+        return {**own, "changes": {name: dict(each) for name, each in self.changes.items()}, **drawn}
 
 
 def summarised(values: Sequence[float]) -> dict[str, Any]:
@@ -55,31 +74,24 @@ def summarised(values: Sequence[float]) -> dict[str, Any]:
     return {"draws": list(values), "mean": float(np.mean(values)), "std": spread}
 
 
-def dose_factors(harmful: Sequence[FeatureId], helpful: Sequence[FeatureId], dose: float) -> dict[FeatureId, float]:
+def dose_factors(harmful: Sequence[FeatureId], helpful: Sequence[FeatureId], dose: float) -> Factors:
     """Harmful features times 1 - dose, helpful ones times 1 + dose."""
     return {**dict.fromkeys(harmful, 1 - dose), **dict.fromkeys(helpful, 1 + dose)}
 
 
-def swapped(factors: Factors, chosen: Sequence[FeatureId], controls: Sequence[FeatureId]) -> dict[FeatureId, float]:
+def swapped(factors: Factors, chosen: Sequence[FeatureId], controls: Sequence[FeatureId]) -> Factors:
     """The same factors on the controls."""
     return {control: factors[feature] for feature, control in zip(chosen, controls, strict=True)}
 
 
-class FixedGains(Gains):
-    """The same factors for every row, as an intervention."""
-
-    def __init__(self, factors: Factors, widths: Sequence[int]) -> None:
-        """Factors by layer; layers without any are left alone."""
-        self._by_layer: dict[int, Float[Tensor, " feature"]] = {}
-        for (layer, feature), factor in factors.items():
-            row = self._by_layer.setdefault(layer, torch.ones(widths[layer]))
-            row[feature] = factor
-
-    def __call__(self, layer: int, features: Tensor) -> Tensor:
-        """The features of one layer, times their factors."""
-        if layer not in self._by_layer:
-            return features
-        return features * self._by_layer[layer].to(features)
+def fixed_gains(factors: Factors, widths: Sequence[int]) -> Gains:
+    """The factors as an intervention."""
+    n_rows = max((len(factor) for factor in factors.values() if isinstance(factor, tuple)), default=1)
+    by_layer: dict[int, Float[Tensor, "part feature"]] = {}
+    for (layer, feature), factor in factors.items():
+        table = by_layer.setdefault(layer, torch.ones(n_rows, widths[layer]))
+        table[:, feature] = torch.tensor(factor)
+    return Gains(by_layer)
 
 
 class Trial:
@@ -126,30 +138,32 @@ class Trial:
 
     def run(
         self,
-        name: str,
+        arm: Arm,
         where: Where,
         model: Steerable,
-        dose: float,
-        factors: Factors,
-        controls: Sequence[Factors],
         widths: Sequence[int],
         on_run: Callable[[], None] = lambda: None,
     ) -> Steered:
         """Steer, and steer each control."""
         before = self.before(where, model)
-        after = self.score(model, FixedGains(factors, widths))
-        on_run()
-        drawn: dict[str, list[float]] = {metric: [] for metric in after.metrics}
-        for control in controls:
-            report = self.score(model, FixedGains(control, widths))
+
+        def steered(factors: Factors) -> Report:
+            report = self.score(model, fixed_gains(factors, widths))
             on_run()
-            for metric, value in report.metrics.items():
-                drawn[metric].append(value - before.metrics[metric])
+            return report
+
+        def drawn(controls: Sequence[Factors]) -> dict[str, list[float]]:
+            reports = [steered(factors).metrics for factors in controls]
+            names = dict.fromkeys(name for metrics in reports for name in metrics)
+            return {name: [m[name] - before.metrics[name] for m in reports if name in m] for name in names}
+
+        after = steered(arm.factors)
         return Steered(
-            name=name,
+            name=arm.name,
             where=where,
-            dose=dose,
+            dose=arm.dose,
             metrics=dict(after.metrics),
             changes=self._pairs.changes(before, after),
-            controls={metric: values for metric, values in drawn.items() if values},
+            controls=drawn(arm.controls),
+            learned_controls=drawn(arm.learned_controls),
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -12,7 +12,7 @@ from jaxtyping import Float64
 
 from clt.config.base import Config, require_positive
 from clt.discovery.controls import matched_controls
-from clt.discovery.effects import Effects
+from clt.discovery.effects import Effects, Example
 from clt.discovery.gains import GainOptions, learn_gains
 from clt.discovery.neurons import NeuronPatch, describe_patch, fit_patch
 from clt.discovery.phases import answer_batches, classified, read_features, write_json
@@ -20,9 +20,9 @@ from clt.discovery.responses import Response
 from clt.discovery.selection import half_of
 from clt.discovery.session import Session
 from clt.discovery.statistics import class_statistics
-from clt.discovery.steering import Factors, Steered, Trial, Where, dose_factors, swapped
+from clt.discovery.steering import Arm, Factor, Factors, Steered, Trial, Where, dose_factors, swapped
 from clt.errors import ConfigError, DiscoveryError
-from clt.replacement import ReplacementModel, SteeredHost
+from clt.replacement import Gains, ReplacementModel, SteeredHost
 from clt.replacement.steerable import Steerable
 from clt.types import FeatureId
 
@@ -58,16 +58,6 @@ class SweepOptions(Config):
             raise ConfigError(f"steer.doses = {self.doses}: give doses above 0, such as 0.5 1.0.")
         if not self.where:
             raise ConfigError("steer.where is empty: give host, replacement or neurons.")
-
-
-@dataclass(frozen=True)
-class Arm:
-    """Factors to try, and the same on controls."""
-
-    name: str
-    dose: float
-    factors: Factors
-    controls: tuple[Factors, ...]
 
 
 class Sweep:
@@ -117,19 +107,22 @@ class Sweep:
             arms.append(self._arm("seed_score", max(self.options.doses), self._seed_factors()))
         return arms
 
-    def _seed_factors(self) -> dict[FeatureId, float]:
+    def _seed_factors(self) -> Factors:
         """As many features by the goodness score, turned up as the guide has it."""
         best = np.argsort(-self._goodness, axis=None, kind="stable")[: 2 * self.options.features]
         ids = [FeatureId(*map(int, np.unravel_index(place, self._goodness.shape))) for place in best]
         return dose_factors([], ids, max(self.options.doses))
 
-    def _arm(self, name: str, dose: float, factors: dict[FeatureId, float]) -> Arm:
+    def _arm(self, name: str, dose: float, factors: Factors) -> Arm:
         chosen = list(factors)
         drawn = [swapped(factors, chosen, self._controls(chosen, n)) for n in range(self.options.controls)]
         return Arm(name, dose, factors, tuple(drawn))
 
     def _controls(self, chosen: Sequence[FeatureId], number: int) -> list[FeatureId]:
         excluded = {_id(row) for row in self._found["features"][: 4 * self.options.features]}
+        return self._matched(chosen, excluded, number)
+
+    def _matched(self, chosen: Sequence[FeatureId], excluded: Collection[FeatureId], number: int) -> list[FeatureId]:
         return matched_controls(chosen, self._frequency, self._strength, excluded, seed=1000 * self._seed + number)
 
     def learned_arm(self, model: ReplacementModel | SteeredHost) -> Arm | None:
@@ -138,18 +131,21 @@ class Sweep:
             return None
         order = np.argsort(-np.abs(self._effects.selective), axis=None, kind="stable")[: self.options.learned]
         chosen = [FeatureId(*map(int, np.unravel_index(place, self._effects.bad.shape))) for place in order]
-        examples = self.session.examples(self._half("selection"))
+        mine = self._half("selection")
+        examples = self.session.examples(mine)
 
-        def learn(features: Sequence[FeatureId]) -> dict[FeatureId, float]:
+        def answer_again(gains: Gains) -> list[Example]:
+            return self.session.examples_under(model, gains, mine, self.options.eval_batch_size)
+
+        def learn(features: Sequence[FeatureId]) -> dict[FeatureId, Factor]:
             self._on_run()
-            return learn_gains(model, examples, features, self.options.gains)
+            return learn_gains(model, examples, features, self.options.gains, answer_again)
 
-        draws = range(self.options.learned_controls)
-        controls = [
-            learn(matched_controls(chosen, self._frequency, self._strength, chosen, seed=5000 + 1000 * self._seed + n))
-            for n in draws
-        ]
-        return Arm("learned", 1.0, learn(chosen), tuple(controls))
+        gains = learn(chosen)
+        others = [self._matched(chosen, chosen, 5000 + n) for n in range(self.options.controls)]
+        others_learned = [self._matched(chosen, chosen, 5000 + n) for n in range(self.options.learned_controls)]
+        moved = [swapped(gains, chosen, other) for other in others]
+        return Arm("learned", 1.0, gains, tuple(moved), tuple(map(learn, others_learned)))
 
     # --- doing it -------------------------------------------------------------------------------------------------
 
@@ -172,9 +168,7 @@ class Sweep:
             assert isinstance(model, ReplacementModel | SteeredHost)
             learned = self.learned_arm(model)
             for arm in [*arms, *([learned] if learned else [])]:
-                results.append(
-                    trial.run(arm.name, where, model, arm.dose, arm.factors, arm.controls, widths, self._on_run)
-                )
+                results.append(trial.run(arm, where, model, widths, self._on_run))
         content = self._content(results, before, learned)
         write_json(self.session.layout.steering, content)
         return content
@@ -215,9 +209,11 @@ class Sweep:
 
         patch = fit(arm.factors)
         patch.save(self.session.layout.patch)
-        controls = [fit(factors).factors for factors in arm.controls]
-        widths = self.session.adapter.neuron_counts
-        return trial.run(arm.name, "neurons", model, arm.dose, patch.factors, controls, widths, self._on_run)
+        controls, learned = (
+            tuple(fit(factors).factors for factors in each) for each in (arm.controls, arm.learned_controls)
+        )
+        on_neurons = Arm(arm.name, arm.dose, patch.factors, controls, learned)
+        return trial.run(on_neurons, "neurons", model, self.session.adapter.neuron_counts, self._on_run)
 
     def _content(
         self, results: Sequence[Steered], before: Mapping[str, Mapping[str, float]], learned: Arm | None
@@ -236,7 +232,10 @@ class Sweep:
             "options": self.options.to_dict(),
         }
         if learned:
-            content["learned_gains"] = [[*feature, round(gain, 4)] for feature, gain in learned.factors.items()]
+            content["learned_gains"] = [
+                [*feature, *(round(each, 4) for each in (gain if isinstance(gain, tuple) else (gain,)))]
+                for feature, gain in learned.factors.items()
+            ]
         if "neurons" in before:
             content["patch"] = describe_patch(NeuronPatch.load(self.session.layout.patch))
         return content
@@ -253,18 +252,17 @@ def describe(content: Mapping[str, Any]) -> list[str]:
         for name in main:
             change = row["changes"][name]
             low, high = change["interval"]
-            cells.append(
-                f"{name} {change['value']:+.2f} [{low:+.2f}, {high:+.2f}]{_control(row['controls'].get(name))}"
-            )
+            against = _control(row["controls"].get(name)) + _control(row["learned_controls"].get(name), ", learned ")
+            cells.append(f"{name} {change['value']:+.2f} [{low:+.2f}, {high:+.2f}]{against}")
         lines.append(f"{row['where']}, {row['name']}, dose {row['dose']:g}: {'; '.join(cells)}")
     return lines
 
 
-def _control(control: Mapping[str, Any] | None) -> str:
+def _control(control: Mapping[str, Any] | None, word: str = " against ") -> str:
     if control is None:
         return ""
     spread = "" if control["std"] is None else f" ± {control['std']:.2f}"
-    return f" against {control['mean']:+.2f}{spread}"
+    return f"{word}{control['mean']:+.2f}{spread}"
 
 
 def _id(row: Mapping[str, Any]) -> FeatureId:

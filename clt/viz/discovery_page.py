@@ -162,7 +162,8 @@ def _steering(layout: Layout) -> list[str]:
         report.paragraph(
             f"{content['n_samples']} answers about {content['n_images']} images that had no part in choosing. Dose d "
             "scales harmful features by 1 - d and helpful ones by 1 + d; learned gains are fitted on the other half. "
-            "Controls are random features of the same layer, frequency and strength, treated in the same way."
+            "Controls are random features of the same layer, frequency and strength, with the same factors; beside "
+            "learned gains also with gains learned for them."
         ),
         report.table(("", *(name.replace("_", " ") for name in main)), [_steering_row(row, main) for row in rows]),
         report.figures(items),
@@ -173,8 +174,11 @@ def _steering_row(row: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
     cells = [f"{row['where']}, {row['name'].replace('_', ' ')}, dose {row['dose']:g}"]
     for name in metrics:
         change, control = row["changes"][name], row["controls"].get(name)
+        # Files of before 2026-11-27 have none.
+        learned = row.get("learned_controls", {}).get(name)
         low, high = change["interval"]
         against = f" vs {control['mean']:+.1f}" if control else ""
+        against += f" (learned: {learned['mean']:+.1f})" if learned else ""
         cells.append(f"{change['value']:+.1f} [{low:+.1f}, {high:+.1f}]{against}")
     return cells
 

@@ -97,7 +97,8 @@ def steering(rows: Sequence[Mapping[str, Any]], metric: str, higher_is_better: b
         axis.axvline(0, color="black", lw=1)
         axis.set_yticks(range(len(rows)), labels[::-1], fontsize=8)
         side = "right" if higher_is_better else "left"
-        axis.set(xlabel=f"change of {metric.replace('_', ' ')} (better: {side})\ngrey: matched random features")
+        grey = "grey: matched random features, same factors; x: gains learned for them"
+        axis.set(xlabel=f"change of {metric.replace('_', ' ')} (better: {side})\n{grey}")
         axis.grid(visible=False, axis="y")
     return figure
 
@@ -105,8 +106,9 @@ def steering(rows: Sequence[Mapping[str, Any]], metric: str, higher_is_better: b
 def _steered(axis: Axes, place: int, row: Mapping[str, Any], metric: str) -> None:
     change = row["changes"][metric]
     low, high = change["interval"]
-    draws = row["controls"].get(metric, {}).get("draws", [])
-    axis.plot(draws, [place] * len(draws), "|", color=CONTROL, ms=12, mew=1.5)
+    for kind, marker, size in (("controls", "|", 12), ("learned_controls", "x", 6)):
+        draws = row.get(kind, {}).get(metric, {}).get("draws", [])
+        axis.plot(draws, [place] * len(draws), marker, color=CONTROL, ms=size, mew=1.5)
     axis.plot([low, high], [place, place], color=GOOD, lw=2)
     axis.plot(change["value"], place, "o", color=GOOD, mec="white", ms=7)
 

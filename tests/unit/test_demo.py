@@ -80,6 +80,7 @@ def test_the_summary_tells_what_steering_changed_against_controls(finished):
             low, high = row["changes"][metric]["interval"]
             assert low <= row["changes"][metric]["value"] <= high
             assert len(row["controls"][metric]["draws"]) == 1
+            assert len(row["learned_controls"].get(metric, {"draws": ()})["draws"]) == (row["name"] == "learned")
 
 
 def test_the_graph_explains_an_object_that_is_not_there(finished):

@@ -74,8 +74,8 @@ def _story(kept: Mapping[str, Any]) -> str:
     for name, words in (("hal", "descriptions with an invention"), ("adversarial_accuracy", "adversarial accuracy")):
         change = learned["changes"][name]
         low, high = change["interval"]
-        control = learned["controls"].get(name)
-        against = f", matched random features {control['mean']:+.1f}" if control else ""
+        control = learned["learned_controls"].get(name)
+        against = f", learned on random features {control['mean']:+.1f}" if control else ""
         told.append(f"{words} {before[name]:.1f} % {change['value']:+.1f} [{low:+.1f}, {high:+.1f}]{against}")
     return f"steered on {kept['n_images']} other scenes: {'; '.join(told)}"
 

@@ -19,6 +19,10 @@ ROWS = {
     "seed_score": "features by the goodness score, doubled",
     "learned": "learned gains",
 }
+CONTROLS = {
+    "controls": "the same on matched random features",
+    "learned_controls": "gains learned on matched random features",
+}
 
 
 def discovery_summary(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,8 +40,9 @@ def discovery_section(summary: Mapping[str, Any]) -> list[str]:
     rows = [["before", *(f"{before[name]:.1f} %" for name in METRICS)]]
     for row in found["results"]:
         rows.append([ROWS[row["name"]], *(_change(row["changes"][name]) for name in METRICS)])
-        if row["controls"]:
-            rows.append(["matched random features", *(_control(row["controls"][name]) for name in METRICS)])
+        for kind, words in CONTROLS.items():
+            if row.get(kind):
+                rows.append([words, *(_control(row[kind][name]) for name in METRICS)])
     better = found["higher_is_better"]
     figures = [
         (plots.svg(discovery_plots.steering(found["results"], name, better[name])), f"Change of: {words}, in points.")
@@ -52,8 +57,8 @@ def discovery_section(summary: Mapping[str, Any]) -> list[str]:
             "fire differently in good and bad answers (permutation test, q < 0.05). Then features were turned up or "
             f"down in the host while it answered about the {found['n_images']} scenes of the other half: "
             f"{found['n_samples']:,} answers. In brackets: 95 % paired bootstrap interval over scenes. Below each: "
-            "random features of the same layer, frequency and strength, treated in the same way (learning included), "
-            "as mean and standard deviation of the draws."
+            "the same factors on random features of the same layer, frequency and strength, and gains learned for such "
+            "features, as mean and standard deviation of the draws."
         ),
         report.table(("", *METRICS.values()), rows),
         report.figures(figures),

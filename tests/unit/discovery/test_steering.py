@@ -15,7 +15,7 @@ from clt.discovery.examples import TopExamples
 from clt.discovery.features_file import LayerFeatures
 from clt.discovery.gains import GainOptions, learn_gains
 from clt.discovery.neurons import NeuronPatch, apply_patch, fit_patch, mean_neuron_strength
-from clt.discovery.steering import FixedGains, dose_factors, swapped
+from clt.discovery.steering import dose_factors, fixed_gains, swapped
 from clt.errors import DiscoveryError
 from clt.models import CrossLayerTranscoder
 from clt.replacement import Intervention, ReplacementModel, SteeredHost, SteeredNeurons
@@ -83,22 +83,100 @@ def test_with_errors_kept_the_forward_pass_is_the_hosts():
     torch.testing.assert_close(got[keep], adapter.logits(inputs)[keep])
 
 
+def the_same_again(gains):
+    """Answers that steering does not change."""
+    return examples(tiny_adapter("llava"))
+
+
 @pytest.mark.parametrize("kind", [ReplacementModel, SteeredHost])
 @pytest.mark.parametrize("make", [plain_transcoder, real_transcoder])
-def test_learned_gains_make_bad_spans_less_likely_on_the_model_they_are_learned_on(kind, make):
+@pytest.mark.parametrize("by_part", [True, False])
+def test_learned_gains_make_bad_spans_less_likely_on_the_model_they_are_learned_on(kind, make, by_part):
     adapter = tiny_adapter("llava")
     model = kind(adapter, make(adapter).requires_grad_(False))
     batch = examples(adapter)
     chosen = [FeatureId(layer, feature) for layer in range(3) for feature in range(0, N_FEATURES, 2)]
-    gains = learn_gains(model, batch, chosen, GainOptions(steps=25, bad_weight=1.0))
+    options = GainOptions(rounds=1, steps=40, bad_weight=1.0, by_part=by_part)
+    gains = learn_gains(model, batch, chosen, options, the_same_again)
     assert set(gains) == set(chosen)
     inputs = adapter.prepare([e.sample for e in batch], answers=[e.answer for e in batch])
     gaps = []
     for factors in ({}, gains):
-        logits = model.logits(inputs, interventions=FixedGains(factors, [N_FEATURES] * 3))
+        logits = model.logits(inputs, interventions=fixed_gains(factors, [N_FEATURES] * 3))
         found = span_margins(logits, inputs, [e.spans for e in batch])
         gaps.append(sum(float(m) if bad else -float(m) for m, bad in found))
     assert gaps[1] < gaps[0] - 0.5
+
+
+def test_one_round_asks_nothing_again_and_every_further_round_asks_under_the_gains_so_far():
+    adapter = tiny_adapter("llava")
+    model = SteeredHost(adapter, plain_transcoder(adapter).requires_grad_(False))
+    chosen = [FeatureId(layer, feature) for layer in range(3) for feature in range(4)]
+    seen = []
+
+    def answer_again(gains):
+        values = [gains.scale(layer, torch.ones(1, N_FEATURES), lambda: torch.tensor([2])) for layer in range(3)]
+        seen.append(torch.cat(values))
+        return examples(adapter)
+
+    def learned(rounds):
+        return learn_gains(model, examples(adapter), chosen, GainOptions(rounds=rounds, steps=4), answer_again)
+
+    once = learned(1)
+    assert seen == []
+    learned(3)
+    assert len(seen) == 2
+    # What the second round's questions are answered under is what a single round would have ended with.
+    assert [float(seen[0][feature]) for feature in chosen] == pytest.approx([once[feature][2] for feature in chosen])
+    assert not torch.allclose(seen[0], seen[1])
+
+
+def test_equal_gains_for_every_part_are_one_gain_for_all():
+    adapter = tiny_adapter("llava", dtype=torch.float64)
+    inputs = adapter.prepare([e.sample for e in examples(adapter)], answers=[e.answer for e in examples(adapter)])
+    factors = {FeatureId(0, 2): 3.0, FeatureId(1, 5): 0.0, FeatureId(2, 1): 0.5}
+    thrice = {feature: (value,) * 3 for feature, value in factors.items()}
+    for kind in (SteeredHost, ReplacementModel):
+        model = kind(adapter, plain_transcoder(adapter))
+        one, three = (
+            model.logits(inputs, interventions=fixed_gains(each, [N_FEATURES] * 3)) for each in (factors, thrice)
+        )
+        torch.testing.assert_close(one[inputs.is_token], three[inputs.is_token])
+
+
+@pytest.mark.parametrize("kind", [SteeredHost, ReplacementModel])
+def test_a_gain_for_one_part_scales_at_its_positions_only(kind):
+    adapter = tiny_adapter("llava", dtype=torch.float64)
+    model = kind(adapter, plain_transcoder(adapter))
+    batch = examples(adapter)
+    inputs = adapter.prepare([e.sample for e in batch], answers=[e.answer for e in batch])
+    keep = inputs.is_token
+    named = {0: ("image",), 1: ("text", "special"), 2: ("generated",)}
+    for part, places in named.items():
+        factor = tuple(2.5 if number == part else 1.0 for number in range(3))
+        got = model.logits(inputs, interventions=fixed_gains({FeatureId(0, 2): factor}, [N_FEATURES] * 3))
+        # "text" and "special" reach into the answer as well: undo them there.
+        listed = [Intervention(0, 2, "scale", 2.5, positions=place) for place in places]
+        if part == 1:
+            listed.append(Intervention(0, 2, "scale", 0.4, positions="generated"))
+        wanted = model.logits(inputs, interventions=listed)
+        torch.testing.assert_close(got[keep], wanted[keep])
+        assert not torch.allclose(got[keep], model.logits(inputs)[keep])
+
+
+def test_gains_by_part_know_the_answer_while_it_is_being_given():
+    adapter = tiny_adapter("llava")
+    model = SteeredHost(adapter, plain_transcoder(adapter))
+    ids = [FeatureId(layer, feature) for layer in range(3) for feature in range(N_FEATURES)]
+    answer_only = fixed_gains(dict.fromkeys(ids, (1.0, 1.0, 4.0)), [N_FEATURES] * 3)
+    listed = [Intervention(*each, "scale", 4.0, positions="generated") for each in ids]
+    how = {"max_new_tokens": 6, "batch_size": 2}
+    samples = tiny_samples("llava")
+    got, wanted = (model.generate_ids(samples, interventions=each, **how) for each in (answer_only, listed))
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted))
+    plain = model.generate_ids(samples, **how)
+    assert all(a[0] == b[0] for a, b in zip(got, plain))
+    assert any(not torch.equal(a, b) for a, b in zip(got, plain))
 
 
 def test_effects_and_gains_need_both_kinds_of_spans():
@@ -108,7 +186,7 @@ def test_effects_and_gains_need_both_kinds_of_spans():
     with pytest.raises(DiscoveryError, match="0 have a bad span"):
         feature_effects(model, only_good)
     with pytest.raises(DiscoveryError, match="0 bad and 3 good"):
-        learn_gains(model, only_good, [FeatureId(0, 0)], GainOptions())
+        learn_gains(model, only_good, [FeatureId(0, 0)], GainOptions(), the_same_again)
 
 
 def test_effects_are_read_back(tmp_path):
@@ -135,7 +213,7 @@ def test_fixed_gains_are_scale_interventions():
     factors = {FeatureId(0, 2): 3.0, FeatureId(0, 5): 0.0, FeatureId(2, 1): -1.0}
     listed = [Intervention(layer, feature, "scale", value) for (layer, feature), value in factors.items()]
     keep = inputs.is_token
-    got = model.logits(inputs, interventions=FixedGains(factors, [N_FEATURES] * 3))
+    got = model.logits(inputs, interventions=fixed_gains(factors, [N_FEATURES] * 3))
     torch.testing.assert_close(got[keep], model.logits(inputs, interventions=listed)[keep])
     assert not torch.allclose(got[keep], adapter.logits(inputs)[keep])
 
@@ -186,6 +264,9 @@ def test_a_patch_imitates_the_features_better_than_nothing_and_does_nothing_for_
     assert all(-4 <= factor <= 4 for factor in patch.factors.values())
     assert max(abs(factor - 1) for factor in patch.factors.values()) > 0.05
     assert fit_patch(adapter, transcoder, dict.fromkeys(factors, 1.0), batches).factors == {}
+    assert fit_patch(adapter, transcoder, dict.fromkeys(factors, (1.0, 1.0, 1.0)), batches).factors == {}
+    thrice = fit_patch(adapter, transcoder, {feature: (value,) * 3 for feature, value in factors.items()}, batches)
+    assert thrice.factors == pytest.approx(patch.factors)
     assert all((each > 0).all() for each in mean_neuron_strength(adapter, batches))
 
 
