@@ -108,6 +108,7 @@ class CrossLayerTranscoder(BaseTranscoder):
             self.register_buffer(f"{side}_scale", torch.ones(layers, width, **wide))
         self.register_buffer("target_variance", torch.ones(layers, **wide))
         self.register_buffer("running_threshold", torch.zeros(layers, **wide))
+        self.last_cut: Tensor | None = None  # of the latest batch; says where to look in the next, and is not saved
         self.initialise(seed)
 
     # --- set-up -----------------------------------------------------------------------------------------------
@@ -233,6 +234,7 @@ class CrossLayerTranscoder(BaseTranscoder):
 
     def remember_threshold(self, cut: Float[Tensor, " layer"]) -> None:
         """Running mean of the threshold, used at inference instead of the batch."""
+        self.last_cut = cut.detach()
         first = self.running_threshold == 0
         mixed = torch.lerp(cut.to(self.running_threshold), self.running_threshold, _THRESHOLD_MEMORY)
         self.running_threshold.copy_(torch.where(first, cut.to(mixed), mixed))

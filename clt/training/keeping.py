@@ -16,7 +16,7 @@ from clt.models.kernels.sparse import Kept
 # Where batchtopk looks first: above this share of what the cut is expected to be. It has to look again, lower down,
 # if that was too high a bar.
 _MARGIN = 0.8
-# Tokens from which the cut is guessed while there is no running threshold yet.
+# Tokens from which the cut is guessed while none is known.
 _SAMPLE = 64
 # By which it is multiplied, time after time, until enough lie above it.
 _LOWER = (0.7, 0.5, 0.25, 0.0)
@@ -97,8 +97,11 @@ def _best_of_batch(
     Candidates lie above a bar that is first set a little below the cut expected; if they are too few, it is lowered.
     """
     peers, like = model.peers, model.b_enc[group[0]].detach()
-    bar = _MARGIN * float(model.running_threshold[group[0]])
-    if bar <= 0:
+    # Not the running threshold if there is a last one: while features grow it lags, and candidates become many times
+    # what is kept.
+    expected = model.running_threshold if model.last_cut is None else model.last_cut
+    bar = _MARGIN * float(expected[group[0]])
+    if not bar > 0:  # a NaN, too
         bar = peers.least(_guess(encoder.preactivation(group[0]), norms[group[0]], k / len(group)))
     found, scores = _above(bar, group, encoder, norms, like)
     n_tokens = peers.batch_tokens(len(found[0][0].offsets) - 1)
