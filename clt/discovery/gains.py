@@ -72,7 +72,7 @@ def learn_gains(
 
     Args:
         model: what is to be steered by them: gains learned on the one are not the best for the other.
-        examples: answers given without steering.
+        examples: the model's answers without steering.
         answer_again: the model's answers to the same questions under gains.
 
     Raises:

@@ -181,9 +181,9 @@ class Session:
         return self._cut(answers, self.report)
 
     def examples_under(
-        self, model: Steerable, interventions: Interventions, responses: Sequence[Response], batch_size: int
+        self, model: Steerable, interventions: Interventions | None, responses: Sequence[Response], batch_size: int
     ) -> list[Example]:
-        """The same of other answers to the same questions, given now, under interventions.
+        """The same of other answers to the same questions, given now, by another model or under interventions.
 
         Args:
             responses: the captured answers; questions with answers of about the same length run together.

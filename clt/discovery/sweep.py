@@ -132,10 +132,12 @@ class Sweep:
         order = np.argsort(-np.abs(self._effects.selective), axis=None, kind="stable")[: self.options.learned]
         chosen = [FeatureId(*map(int, np.unravel_index(place, self._effects.bad.shape))) for place in order]
         mine = self._half("selection")
-        examples = self.session.examples(mine)
 
-        def answer_again(gains: Gains) -> list[Example]:
+        def answer_again(gains: Gains | None) -> list[Example]:
             return self.session.examples_under(model, gains, mine, self.options.eval_batch_size)
+
+        # What was captured are the replacement model's answers.
+        examples = self.session.examples(mine) if isinstance(model, ReplacementModel) else answer_again(None)
 
         def learn(features: Sequence[FeatureId]) -> dict[FeatureId, Factor]:
             self._on_run()
