@@ -20,6 +20,7 @@ TINY = replace(
     descriptions=6,
     fidelity_samples=6,
     discovery_scenes=16,
+    discovery_asked=16,
     controls=1,
     learned_features=20,
     gain_steps=2,

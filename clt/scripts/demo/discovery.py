@@ -38,7 +38,7 @@ def discovery_options(world: str, amounts: Amounts, transcoder: Path, folder: Pa
         root=folder,
         clt=str(transcoder),
         model=f"world:{world}",
-        choices=Choices(option=(f"n={amounts.discovery_scenes}",)),
+        choices=Choices(option=(f"n={amounts.discovery_scenes}", f"asked={amounts.discovery_asked}")),
         batch_size=100,
         min_samples=5,
         analysis=AnalysisOptions(score="gradient"),

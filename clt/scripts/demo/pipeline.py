@@ -47,7 +47,9 @@ class Amounts:
     descriptions: int
     fidelity_samples: int
     discovery_scenes: int
-    """Half of them choose features, the other half are steered; a description and six questions each."""
+    """To be described; half of them choose features, the other half are steered."""
+    discovery_asked: int
+    """Of them, scenes that six questions each are asked about."""
     controls: int
     learned_controls: int
     learned_features: int
@@ -64,7 +66,8 @@ FULL = Amounts(
     questions=900,
     descriptions=300,
     fidelity_samples=300,
-    discovery_scenes=240,
+    discovery_scenes=900,
+    discovery_asked=240,
     controls=3,
     learned_controls=1,
     learned_features=400,
@@ -79,6 +82,7 @@ QUICK = Amounts(
     descriptions=100,
     fidelity_samples=100,
     discovery_scenes=100,
+    discovery_asked=100,
     controls=2,
     learned_controls=1,
     learned_features=400,
