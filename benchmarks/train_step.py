@@ -25,6 +25,7 @@ from clt.config import CLTConfig, TrainingConfig
 from clt.models import ActivationStatistics, CrossLayerTranscoder
 from clt.models.kernels.build import library
 from clt.models.kernels.matmul import onednn_is_faster
+from clt.models.kernels.pointers import on_gpu
 from clt.training.memory import step_memory
 from clt.training.step import Engine
 from clt.types import ActivationBatch
@@ -233,7 +234,7 @@ def measure(options: Options) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if options.device == "cuda" else options.device,
         "torch": torch.__version__,
-        "kernels": "torch" if library() is None else "compiled",
+        "kernels": "triton" if on_gpu(bench.model.b_dec) else "torch" if library() is None else "compiled",
         "fp32_products": "onednn" if onednn_is_faster() else "torch",
         "tokens_per_second": bench.size.tokens / wall,
         "tokens_per_cpu_second": bench.size.tokens / cpu,

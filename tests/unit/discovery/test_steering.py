@@ -1,5 +1,7 @@
 """Effects are derivatives, controls are matched, patches are weights, intervals are paired, examples the largest."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from clt.discovery.controls import matched_controls
 from clt.discovery.effects import Effects, Example, Span, feature_effects, forward, span_margins, spans_of
 from clt.discovery.examples import TopExamples
 from clt.discovery.features_file import LayerFeatures
-from clt.discovery.gains import GainOptions, learn_gains
+from clt.discovery.gains import GainOptions, _Batches, learn_gains
 from clt.discovery.neurons import NeuronPatch, apply_patch, fit_patch, mean_neuron_strength
 from clt.discovery.steering import dose_factors, fixed_gains, swapped
 from clt.errors import DiscoveryError
@@ -342,3 +344,14 @@ def test_the_heap_keeps_the_strongest_samples(seed, keep):
 def test_cantor_numbers_are_circuit_tracers():
     assert FeatureId(0, 0).number == 0
     assert FeatureId(8, 3648).number == (8 + 3648) * (8 + 3648 + 1) // 2 + 3648
+
+
+def test_batches_come_in_turns_so_that_every_answer_is_learned_from_equally_often():
+    adapter = tiny_adapter("llava")
+    answers = [replace(each, task=f"{n}") for n, each in enumerate([*examples(adapter)] * 3)]
+    rng = np.random.default_rng(0)
+    batches = _Batches(adapter, answers, 2, rng)
+    n_batches = -(-len(answers) // 2)
+    for _ in range(2):
+        drawn = [each.task for _ in range(n_batches) for each in batches.draw(rng)[0]]
+        assert sorted(drawn) == sorted(each.task for each in answers)
